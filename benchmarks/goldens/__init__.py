@@ -1,0 +1,1 @@
+"""One module per policy or world-model family: how its goldens are recognised and recomputed (see benchmarks/parity.py)."""

@@ -1,0 +1,1 @@
+"""Policy families, one readable file each; `parts/` holds what they truly share."""

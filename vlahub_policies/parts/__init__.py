@@ -1,0 +1,1 @@
+"""What policy families share: flow matching, value heads, image transforms, normalisation, LoRA."""

@@ -1,0 +1,154 @@
+"""Every id with its card, as data. Nothing here imports a simulator or a model: families are named by import strings.
+
+An environment family registers its ids with `register_env`, a policy family its loader with `register_family` and its known checkpoints with
+`register_policy`. The families that ship with vlahub do so in `vlahub_envs/__init__.py` and `vlahub_policies/__init__.py`; a third party calls the
+same functions from its own package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from vlahub.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class EnvCard:
+    """One environment id."""
+
+    id: str  # "vlahub/RoboTwin-ClickBell"
+    family: str  # "robotwin"
+    simulation: str  # "vlahub_envs.robotwin.simulation:RoboTwin"; called with `kwargs` and the user's options
+    summary: str  # one line
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    expert: str = ""  # "module:Class", called with the simulation; empty if there is none
+    vector: str = "vlahub.vector:VectorEnv"  # a natively batched family names its own class here
+    needs: tuple[str, ...] = ()  # importable packages; `pip install vlahub[extra]` brings them
+    extra: str = ""
+    limits: str = ""  # what one should know before trusting a number
+    measured: str = ""  # what was measured with it, with its command
+
+
+@dataclass(frozen=True)
+class FamilyCard:
+    """One policy family: the class that loads it, and how its folders are recognised."""
+
+    name: str  # "pi0"
+    policy: str  # "vlahub_policies.pi0:Pi0Policy"
+    summary: str
+    recognises: Callable[[Path], bool]  # does this folder hold one of the family's published layouts? Reads small files only
+    needs: tuple[str, ...] = ()
+    extra: str = "policies"
+
+
+@dataclass(frozen=True)
+class PolicyCard:
+    """One known checkpoint. `from_pretrained` takes any other folder or repository of a known layout as well."""
+
+    id: str  # "Dexmal/libero-db-pi0", or "vlahub/..." for a bundled one
+    family: str
+    summary: str
+    folder: str = ""  # bundled: "package:relative/folder"
+    envs: tuple[str, ...] = ()  # ids that it was trained for
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of from_pretrained that it needs
+    verified: str = ""  # what was verified of it, and what could not be
+    measured: str = ""
+
+
+ENVS: dict[str, EnvCard] = {}
+FAMILIES: dict[str, FamilyCard] = {}
+POLICIES: dict[str, PolicyCard] = {}
+
+
+class UnknownId(ValueError):
+    """An id that no card has; the message suggests the nearest ones."""
+
+
+def register_env(card: EnvCard) -> None:
+    """Add an environment to the catalog and to Gymnasium: `gym.make`, `gym.make_vec` and `vlahub list` then know it."""
+    _add(ENVS, card.id, card)
+    gymnasium.register(
+        id=card.id,
+        entry_point="vlahub.env:make",
+        vector_entry_point="vlahub.vector:make",
+        kwargs={"env_id": card.id},
+        # Env enforces the order of calls and checks its arguments itself, so gym.make gives our class bare, with step_chunk in reach.
+        order_enforce=False,
+        disable_env_checker=True,
+    )
+
+
+def register_family(card: FamilyCard) -> None:
+    _add(FAMILIES, card.name, card)
+
+
+def register_policy(card: PolicyCard) -> None:
+    _add(POLICIES, card.id, card)
+
+
+def _add(cards: dict[str, Any], key: str, card: Any) -> None:
+    if key in cards:
+        raise ValueError(f"{key!r} is registered already")
+    cards[key] = card
+
+
+def env_card(env_id: str) -> EnvCard:
+    env_id = env_id.removeprefix("vlahub:")
+    if env_id not in ENVS:
+        raise UnknownId(f"no environment is called {env_id!r}; {suggest(env_id, ENVS)}")
+    return ENVS[env_id]
+
+
+def family_card(name: str) -> FamilyCard:
+    if name not in FAMILIES:
+        raise UnknownId(f"no policy family is called {name!r}; {suggest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean ...", or the whole list where nothing is near."""
+    known = list(known)
+    by_lower = {entry.lower(): entry for entry in known}
+    near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(map(repr, known)) or 'none'}"
+
+
+def load(reference: str) -> Any:
+    """The object behind "package.module:name"."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def require(needs: Iterable[str], extra: str, what: str) -> None:
+    """Raise an ImportError that names what to install."""
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: pip install 'vlahub[{extra}]'")
+
+
+def make_simulation(env_id: str, **options: Any) -> Simulation:
+    """Build the simulation behind an id. Unknown options are an error that names the nearest ones."""
+    card = env_card(env_id)
+    require(card.needs, card.extra, card.id)
+    factory = load(card.simulation)
+    known = {name for name, parameter in inspect.signature(factory).parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    for name in options:
+        if name not in known or name in card.kwargs:
+            raise TypeError(f"{card.id} has no option {name!r}; {suggest(name, sorted(known - set(card.kwargs)))}")
+    return factory(**{**card.kwargs, **options})
+
+
+def make_expert(env_id: str, simulation: Simulation) -> Any:
+    card = env_card(env_id)
+    if not card.expert:
+        raise ValueError(f"{card.id} has no scripted expert")
+    return load(card.expert)(simulation)

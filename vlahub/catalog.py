@@ -18,7 +18,7 @@ from typing import Any
 
 import gymnasium
 
-from vlahub.simulation import Simulation
+from vlahub.simulation import Expert, Simulation
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,12 @@ def require(needs: Iterable[str], extra: str, what: str) -> None:
         raise ImportError(f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: pip install 'vlahub[{extra}]'")
 
 
-def make_simulation(env_id: str, **options: Any) -> Simulation:
-    """Build the simulation behind an id. Unknown options are an error that names the nearest ones."""
-    card = env_card(env_id)
+def make_simulation(card: EnvCard | str, **options: Any) -> Simulation:
+    """Build the simulation of a card or an id. Unknown options are an error that names the nearest ones.
+
+    Worker processes are given the card itself: ids registered at run time are unknown in a freshly spawned interpreter.
+    """
+    card = env_card(card) if isinstance(card, str) else card
     require(card.needs, card.extra, card.id)
     factory = load(card.simulation)
     known = {name for name, parameter in inspect.signature(factory).parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
@@ -147,8 +150,9 @@ def make_simulation(env_id: str, **options: Any) -> Simulation:
     return factory(**{**card.kwargs, **options})
 
 
-def make_expert(env_id: str, simulation: Simulation) -> Any:
-    card = env_card(env_id)
+def make_expert(card: EnvCard | str, simulation: Simulation) -> Expert:
+    """The scripted expert of a card or an id, bound to a simulation."""
+    card = env_card(card) if isinstance(card, str) else card
     if not card.expert:
         raise ValueError(f"{card.id} has no scripted expert")
     return load(card.expert)(simulation)

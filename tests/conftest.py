@@ -1,0 +1,4 @@
+import vlahub
+from tests.worlds import POINT
+
+vlahub.register_env(POINT)

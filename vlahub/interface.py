@@ -70,7 +70,10 @@ class Interface:
         return {camera.name: camera for camera in (self.main, *self.wrists, *self.extras)}
 
     def action_space(self) -> spaces.Box:
-        return spaces.Box(*(_bounds(self.action, side) for side in ("low", "high")), dtype=np.float32)
+        return _box(self.action)
+
+    def state_space(self) -> spaces.Box:
+        return _box(self.state)
 
     def to_dict(self) -> dict:
         """JSON-ready; infinities become None."""
@@ -91,8 +94,9 @@ class Interface:
         return cls(**record)
 
 
-def _bounds(fields: tuple[Field, ...], side: str) -> np.ndarray:
-    return np.concatenate([np.broadcast_to(np.asarray(getattr(field, side), np.float32), (field.size,)) for field in fields]).astype(np.float32)
+def _box(fields: tuple[Field, ...]) -> spaces.Box:
+    low, high = (np.concatenate([np.broadcast_to(np.float32(getattr(field, side)), field.size) for field in fields]) for side in ("low", "high"))
+    return spaces.Box(low, high, dtype=np.float32)
 
 
 def _plain(value: Any) -> Any:

@@ -57,7 +57,7 @@ def space_of(interface: Interface) -> spaces.Dict:
         entries["wrist_images"] = images(interface.wrists, False)
     if interface.extras:
         entries["extra_view_images"] = images(interface.extras, True)
-    entries["states"] = spaces.Box(-np.inf, np.inf, (interface.state_dim,), np.float32)
+    entries["states"] = interface.state_space()
     entries["task_descriptions"] = InstructionSpace()
     return spaces.Dict(entries)
 

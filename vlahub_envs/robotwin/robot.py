@@ -6,8 +6,12 @@ boxes and cylinders, drawn here. With the official asset release the official UR
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import sapien
+from sapien.wrapper.urdf_loader import URDFLoader
 from scipy.spatial.transform import Rotation
 
 from vlahub_envs.robotwin.kinematics import Arm, pose
@@ -103,21 +107,45 @@ def urdf() -> str:
 
 
 class Robot:
-    """The robot in a SAPIEN scene: drive targets in, drive targets and link poses out.
+    """The robot: drive targets in, drive targets and link poses out.
 
     The state that policies see is what was commanded last, as in the published data; the joints follow it through their drives.
+
+    Args:
+        official: the official URDF; None takes the stand-in.
     """
 
-    def __init__(self, articulation: sapien.physx.PhysxArticulation, urdf_text: str):
-        self.articulation = articulation
+    base = sapien.Pose(BASE)
+
+    def __init__(self, official: Path | None):
+        text = urdf() if official is None else official.read_text(encoding="utf-8")
+        self.arms = {side: Arm(text, f"{prefix}_link6", BASE) for side, prefix in PREFIX.items()}
+        with tempfile.TemporaryDirectory() as folder:  # SAPIEN reads URDFs from files only
+            file = official or Path(folder) / "aloha_agilex.urdf"
+            if official is None:
+                file.write_text(text)
+            loader = URDFLoader()
+            loader.set_scene(sapien.Scene([sapien.physx.PhysxCpuSystem()]))  # for parsing only; the robot enters its worlds later
+            (self.builder,), _, _ = loader.parse(str(file))
+        self.builder.set_initial_pose(self.base)
+        self.joints = np.zeros(12)  # [12] commanded: left arm, right arm
+        self.grippers = np.ones(2)  # [2] commanded: 0 closed ... 1 open
+        self.leave()
+
+    def leave(self) -> None:
+        self.articulation, self.links, self.fingers = None, {}, {}
+
+    def enter(self, world: sapien.Scene) -> None:
+        """Stand in a physics world, at home: all arm joints 0, grippers open, at rest."""
+        looks = [link.visual_records for link in self.builder.link_builders]
+        for link in self.builder.link_builders:
+            link.visual_records = []  # this is the body that collides; what is seen of it is on the stage
+        self.builder.set_scene(world)
+        self.articulation = articulation = self.builder.build(fix_root_link=True)
+        for link, records in zip(self.builder.link_builders, looks, strict=True):
+            link.visual_records = records
         self.links = {link.name: link for link in articulation.links}
-        joints = {joint.name: joint for joint in articulation.active_joints}
-        self.arms = {side: Arm(urdf_text, f"{prefix}_link6", BASE) for side, prefix in PREFIX.items()}
-        self._arm_joints = [joints[name] for side in SIDES for name in self.arms[side].names]
-        self._finger_joints = [[joints[f"{PREFIX[side]}_joint{i}"] for i in (7, 8)] for side in SIDES]
-        self.fingers = {side: [self.links[f"{PREFIX[side]}_link{i}"] for i in (7, 8)] for side in SIDES}
-        for joint in joints.values():
-            joint.set_drive_properties(STIFFNESS, DAMPING)
+        self.fingers = {side: [self.links[f"{prefix}_link{i}"] for i in (7, 8)] for side, prefix in PREFIX.items()}
         for link in articulation.links:
             link.mass = LINK_MASS
             # The arms' shapes touch where they meet at a joint: one arm never collides with itself, but with everything else.
@@ -125,20 +153,17 @@ class Robot:
             for shape in link.collision_shapes:
                 groups = shape.get_collision_groups()
                 shape.set_collision_groups([groups[0], groups[1], groups[2] | bit, groups[3]])
-        self.joints = np.zeros(12)  # [12] commanded: left arm, right arm
-        self.grippers = np.ones(2)  # [2] commanded: 0 closed ... 1 open
-
-    def reset(self) -> None:
-        """Home: all arm joints 0, grippers open, at rest."""
+        joints = {joint.name: joint for joint in articulation.active_joints}
+        self._arm_joints = [joints[name] for side in SIDES for name in self.arms[side].names]
+        self._finger_joints = [[joints[f"{PREFIX[side]}_joint{i}"] for i in (7, 8)] for side in SIDES]
         self.joints, self.grippers = np.zeros(12), np.ones(2)
         opening = GRIPPER_CLOSED + GRIPPER_SPAN
-        fingers = {joint for pair in self._finger_joints for joint in pair}
-        self.articulation.set_qpos(np.array([opening if joint in fingers else 0.0 for joint in self.articulation.active_joints], np.float32))
-        self.articulation.set_qvel(np.zeros(self.articulation.dof, np.float32))
-        for joint in self.articulation.active_joints:
-            joint.set_drive_target(opening if joint in fingers else 0.0)
+        home = [opening if joint in self._finger_joints[0] + self._finger_joints[1] else 0.0 for joint in articulation.active_joints]
+        articulation.set_qpos(np.array(home, np.float32))
+        for joint, position in zip(articulation.active_joints, home, strict=True):
+            joint.set_drive_properties(STIFFNESS, DAMPING)
+            joint.set_drive_target(position)
             joint.set_drive_velocity_target(0.0)
-        self.articulation.set_qf(np.zeros(self.articulation.dof, np.float32))
 
     def command(self, joints: np.ndarray, velocities: np.ndarray, grippers: np.ndarray) -> None:
         """Drive targets for the next physics step. joints [12] rad, velocities [12] rad/s, grippers [2]."""

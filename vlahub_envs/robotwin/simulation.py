@@ -110,7 +110,7 @@ class RoboTwin:
         self.assets = asset_set.name
         self.scene = Scene(asset_set, render_device, shader, shadows)
         for name in self.interface.cameras:
-            self.scene.add_camera(name, height, width)
+            self.scene.stage.add_camera(name, height, width)
         self.instruction = ""
 
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +126,7 @@ class RoboTwin:
         layout = seed + trial
         self.scene.clear()
         stands_for = self.task.place(self.scene, Draws(layout))
+        self.scene.ready()
         self.instruction = instruction(self.task.sentences, self.instruction_set, stands_for, layout)
         return {"task": 0, "trial": trial, "stands_for": ", ".join(f"{letter}={value}" for letter, value in stands_for.items())}
 
@@ -190,7 +191,7 @@ class RoboTwin:
         return arms.reshape(-1, 14)
 
     def observe(self) -> Observation:
-        pictures = dict(zip(self.interface.cameras, self.scene.pictures(tuple(self.interface.cameras)), strict=True))
+        pictures = dict(zip(self.interface.cameras, self.scene.stage.pictures(tuple(self.interface.cameras)), strict=True))
         observation: Observation = {"main_images": np.ascontiguousarray(pictures["head"])}
         wrists = [pictures[camera.name] for camera in self.interface.wrists]
         if wrists:
@@ -202,9 +203,9 @@ class RoboTwin:
         return observation
 
     def render(self) -> np.ndarray:
-        if "people" not in self.scene.cameras:
-            self.scene.add_camera("people", *PEOPLE_SIZE)
-        return np.ascontiguousarray(self.scene.pictures(("people",))[0])
+        if "people" not in self.scene.stage.cameras:
+            self.scene.stage.add_camera("people", *PEOPLE_SIZE)
+        return np.ascontiguousarray(self.scene.stage.pictures(("people",))[0])
 
     def close(self) -> None:
         if self.scene is not None:

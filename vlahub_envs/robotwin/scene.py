@@ -13,7 +13,7 @@ from sapien.physx import PhysxCollisionShapeConvexMesh, PhysxCpuSystem, PhysxMat
 from vlahub_envs.robotwin.assets import Model, Official, StandIns
 from vlahub_envs.robotwin.robot import Robot
 from vlahub_envs.robotwin.room import GROUND, PLAIN, ROOM
-from vlahub_envs.robotwin.stage import NEAR, NEAR_WRIST_STANDIN, Stage
+from vlahub_envs.robotwin.stage import NEAR, NEAR_WRIST_STANDIN, Stage, render_system
 from vlahub_envs.robotwin.trajectory import TIMESTEP
 
 OBJECT_MASS = 0.01  # kg, unless a task says otherwise
@@ -44,9 +44,10 @@ class Scene:
 
     def __init__(self, assets: StandIns | Official, device: str | None, shader: str, shadows: bool):
         self.assets = assets
+        renderer = render_system(device)  # first: SAPIEN would otherwise pick a device of its own for the robot's colours
         self.robot = Robot(assets.robot_urdf())
         near_wrist = NEAR if assets.name == "official" else NEAR_WRIST_STANDIN
-        self.stage = Stage(self.robot.builder, self.robot.base, device, shader, shadows, near_wrist)
+        self.stage = Stage(self.robot.builder, self.robot.base, renderer, shader, shadows, near_wrist)
         self.things: dict[str, Thing] = {}
         self.clear()
 

@@ -53,29 +53,35 @@ NO_VULKAN = (
 )
 
 
+# SAPIEN sets its renderer up with the first picture, which takes a CPU six seconds, and drops it with the last scene. One renderer kept back spares every
+# later environment of this process those seconds.
+_kept: list[sapien.render.RenderSystem] = []
+
+
 def render_system(device: str | None) -> sapien.render.RenderSystem:
     """A renderer on `device` ("cuda", "cuda:1", "cpu"), or on the first GPU if there is one and else on the CPU."""
     sapien.render.set_log_level("off")  # on a CPU it reports missing GPU features as errors, and goes on without them
+    # The last, without a name, takes whatever device another scene in this process draws on: SAPIEN uses one per process.
+    candidates = [(device,)] if device else [("cuda",), ("cpu",), ()]
     problems = []
-    for name in [device] if device else ["cuda", "cpu"]:
+    for candidate in candidates:
         try:
-            return sapien.render.RenderSystem(name)
+            system = sapien.render.RenderSystem(*candidate)
         except RuntimeError as error:
-            problems.append(f"{name}: {error}")
-    if device is None:
-        try:  # whatever device another scene in this process draws on: SAPIEN uses one per process
-            return sapien.render.RenderSystem()
-        except RuntimeError as error:
-            problems.append(f"any: {error}")
+            problems.append(f"{candidate[0] if candidate else 'any'}: {error}")
+            continue
+        if not _kept:
+            _kept.append(sapien.render.RenderSystem(*candidate))
+        return system
     raise RuntimeError(f"{NO_VULKAN} Tried: {'; '.join(problems)}")
 
 
 class Stage:
-    """Args: `robot` the robot's builder, `base` its pose, `device`, `shader`, `shadows` for the renderer, `near_wrist` the wrist cameras' near plane."""
+    """Args: `robot` the robot's builder, `base` its pose, `renderer`, `shader` and `shadows`, `near_wrist` the wrist cameras' near plane."""
 
-    def __init__(self, robot: ArticulationBuilder, base: sapien.Pose, device: str | None, shader: str, shadows: bool, near_wrist: float):
+    def __init__(self, robot: ArticulationBuilder, base: sapien.Pose, renderer: sapien.render.RenderSystem, shader: str, shadows: bool, near_wrist: float):
         self.shader, self.near_wrist = shader, near_wrist
-        self.sapien = scene = sapien.Scene([render_system(device)])
+        self.sapien = scene = sapien.Scene([renderer])
         scene.set_ambient_light([0.5, 0.5, 0.5])
         scene.add_directional_light([0, 0.5, -1], [0.5, 0.5, 0.5], shadow=shadows)
         for x in (1, -1):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import io
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ class Results(Summary):
             "command": self.command,
             "videos": self.videos,
             "versions": versions(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "episodes": [outcome.to_dict() for outcome in self.episodes],
         }
 

@@ -189,13 +189,16 @@ class Policy(nn.Module):
         """Files beside config and weights that from_config needs: the tokenizer, mostly."""
         return {}
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
-        """Write config.json, model.safetensors (shards above 5 GB), side files and README.md; `from_pretrained` reads them back."""
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, tensors: Mapping[str, torch.Tensor] | None = None) -> Path:
+        """Write config.json, model.safetensors (shards above 5 GB), side files and README.md; `from_pretrained` reads them back.
+
+        `tensors` stands in for the state dict where the parameters themselves are sharded over ranks (`vlahub.checkpoint` gathers them)."""
         from huggingface_hub import save_torch_state_dict
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder, max_shard_size="5GB")
+        state = self.state_dict() if tensors is None else tensors
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, folder, max_shard_size="5GB")
         for name, data in self.side_files().items():
             (folder / name).write_bytes(data)
         record = {"vlahub_family": self.family, "config": config_to_dict(self.config), "interface": self.interface.to_dict()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vlahub
-from tests.policies import SLOPE, Slope, SlopeConfig
+from tests.slope import SLOPE, Slope, SlopeConfig
 from tests.torchrun import torchrun
 from vlahub import catalog, checkpoint
 from vlahub.hub import CheckpointError
@@ -196,7 +196,7 @@ def test_tied_parameters_survive(tmp_path):
 
 SHARDED = """
 import random, torch, numpy as np
-from tests.policies import SLOPE, Slope, SlopeConfig
+from tests.slope import SLOPE, Slope, SlopeConfig
 from vlahub import catalog, checkpoint, distributed as d
 
 catalog.FAMILIES["slope"] = SLOPE

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vlahub
-from tests.policies import INTERFACE, SLOPE, Norm, Slope, SlopeConfig
+from tests.slope import INTERFACE, SLOPE, Norm, Slope, SlopeConfig
 from tests.worlds import PointWorld
 from vlahub import catalog, hub
 from vlahub.catalog import FamilyCard, PolicyCard
@@ -107,7 +107,7 @@ def test_a_class_loads_only_its_own_family(saved):
 
 
 def test_a_family_whose_packages_are_missing_says_what_to_install(saved, monkeypatch):
-    card = FamilyCard(name="slope", policy="tests.policies:Slope", summary="", recognises=lambda folder: False, needs=("no_such_model",))
+    card = FamilyCard(name="slope", policy="tests.slope:Slope", summary="", recognises=lambda folder: False, needs=("no_such_model",))
     monkeypatch.setattr(catalog, "FAMILIES", {"slope": card})
     with pytest.raises(ImportError, match=r"slope policy family needs no_such_model.*pip install 'vlahub\[policies\]'"):
         vlahub.Policy.from_pretrained(saved)

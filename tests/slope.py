@@ -91,7 +91,7 @@ class Slope(Policy):
 
 SLOPE = FamilyCard(
     name="slope",
-    policy="tests.policies:Slope",
+    policy="tests.slope:Slope",
     summary="A linear map from the state to a chunk.",
     recognises=lambda folder: (folder / "slope.json").exists(),
     needs=("torch",),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -101,7 +102,7 @@ class MlpPolicy(Policy):
             gumbel = -torch.log(-torch.log(uniform(seeds, (*shape, BINS), device=self.device).clamp(1e-9, 1 - 1e-7)))
             taken = (log_probs + gumbel).argmax(-1)
             return Sample(taken / (BINS - 1) * 2 - 1, log_probs.gather(-1, taken[..., None])[..., 0], value, {**inputs, "taken": taken})
-        actions, log_prob, _, trace = flow.explore(self._denoiser(inputs), shape, seeds, self.explore, self.device)
+        actions, log_prob, _, trace = flow.explore(partial(flow.walk, self._denoiser(inputs)), shape, seeds, self.explore, self.device)
         return Sample(actions, log_prob, value, {**inputs, **trace})
 
     def value(self, observation: Observation) -> torch.Tensor:

@@ -199,7 +199,9 @@ class Run:
             out = self.folder / "eval" / f"{iteration:06d}"
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after it; the weights may differ in the last digit
             with self.autocast():
-                results = evaluate(env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy)
+                results = evaluate(
+                    env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy
+                )
             print(f"after {iteration} iterations: {results}", flush=True)
             return results.metrics()
 

@@ -162,7 +162,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     half = script(tmp_path, name="half", total_iterations=2, save_every=2)
     assert whole.returncode == 0 and half.returncode == 0, whole.stderr[-2000:] + half.stderr[-2000:]
     rest = subprocess.run(
-        [sys.executable, "tests/baselines/launch.py", "ppo", f"--resume={tmp_path / 'half'}", "--total-iterations=4"], capture_output=True, text=True, timeout=300
+        [sys.executable, "tests/baselines/launch.py", "ppo", f"--resume={tmp_path / 'half'}", "--total-iterations=4"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert rest.returncode == 0 and "resuming after iteration 2" in rest.stdout, rest.stdout + rest.stderr[-2000:]
     a, b = (load_file(tmp_path / name / "checkpoints/step-000000004/policy/model.safetensors") for name in ("whole", "half"))

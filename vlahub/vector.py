@@ -14,6 +14,7 @@ The memory is an anonymous file: it has no name in /dev/shm, is not bound by the
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import pickle
@@ -27,7 +28,6 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 import gymnasium
@@ -40,7 +40,7 @@ from vlahub import catalog, worker
 from vlahub.catalog import EnvCard
 from vlahub.env import ChunkResult, checked_actions, checked_seed
 from vlahub.observation import Observation, space_of
-from vlahub.worker import Facts, Failure, Job, Layout, Reply, Setup
+from vlahub.worker import Channel, Facts, Failure, Job, Layout, Reply, Setup
 
 SLABS_PER_SLOT = 4  # one being written, one or two that the user holds, one to spare; untouched slabs cost no memory
 ATTEMPTS = 3  # failures of one env in a row, without a chunk that worked between them, after which the vector env gives up
@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, card: EnvCard, world: bytes, envs: range, num_envs: int, memory: int, timeout: float):
         self.card, self.world, self.envs, self.num_envs, self.memory, self.timeout = card, world, envs, num_envs, memory, timeout
         self.process: subprocess.Popen | None = None
-        self.connection: Connection | None = None
+        self.channel: Channel | None = None
         self.facts: Facts | None = None  # None until the process has built its simulations
         self.deadline = 0.0
         self.lost = ""  # why the last message could not be sent
@@ -73,16 +73,15 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), f"vlahub-worker-{self.envs.start}"],
+                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), json.dumps(sys.path)],
                 pass_fds=(theirs.fileno(), self.memory),
                 stdin=subprocess.DEVNULL,  # some simulators ask questions; nobody could answer
                 env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C goes to the parent alone, which then ends the workers
             )
-        self.connection, self.facts = Connection(ours.detach()), None
+        self.channel, self.facts = Channel(ours), None
         self.deadline = time.monotonic() + self.timeout * len(self.envs)
         main = worker.main_module() if b"__main__" in self.world else None
-        self._send(sys.path)
         self._send(Setup(os.getpid(), self.memory, self.num_envs, self.envs, main, self.world))
 
     def post(self, slab: int, jobs: Mapping[int, Job]) -> None:
@@ -96,8 +95,8 @@ class Worker:
 
     def _send(self, message: Any) -> None:
         try:
-            self.connection.send(message)
-        except (BrokenPipeError, ConnectionError) as error:
+            self.channel.send(message)
+        except OSError as error:
             self.lost = str(error)  # told when the answer is asked for
 
     def ready(self) -> Facts | Failure:
@@ -118,18 +117,20 @@ class Worker:
         return self._receive()
 
     def _receive(self) -> Any:
-        try:
-            while not self.lost and not self.connection.poll(min(1.0, max(0.0, self.deadline - time.monotonic()))):
-                # a dead process whose own children hold the socket open gives no end of file
-                if self.process.poll() is not None and not self.connection.poll():
+        while not self.lost:
+            # An answer that is there counts even if it is fetched late, after the deadline of another worker was waited for
+            remaining = self.deadline - time.monotonic()
+            try:
+                self.channel.socket.settimeout(min(1.0, max(remaining, 0.001)))
+                return self.channel.receive()
+            except TimeoutError:
+                if self.process.poll() is not None:  # a dead process whose own children hold the socket open gives no end of file
                     self.lost = "it died"
-                elif time.monotonic() >= self.deadline:
-                    self.lost = f"it gave no answer within timeout={self.timeout:g} seconds per env and was killed"
+                elif remaining <= 0:
                     self.kill()
-            if not self.lost:
-                return self.connection.recv()
-        except (EOFError, ConnectionError, pickle.UnpicklingError):
-            self.lost = "it died"
+                    self.lost = f"it gave no answer within timeout={self.timeout:g} seconds per env and was killed"
+            except (EOFError, OSError):
+                self.lost = "it died"
         if self.process is not None:
             try:
                 self.process.wait(1.0)  # its socket may close a moment before its exit status is known
@@ -145,8 +146,8 @@ class Worker:
 
     def hang_up(self) -> None:
         """Ask the process to close its simulations and leave."""
-        if self.connection is not None:
-            self.connection.close()
+        if self.channel is not None:
+            self.channel.socket.close()
 
     def kill(self, grace: float = 0.0) -> None:
         """End the process, and whatever it started, after `grace` seconds at the latest."""
@@ -161,7 +162,7 @@ class Worker:
             except ProcessLookupError:
                 pass
             self.process.wait()
-        self.process = self.connection = self.facts = None
+        self.process = self.channel = self.facts = None
 
 
 def shut_down(workers: Sequence[Worker], memory: int, owner: int) -> None:
@@ -434,9 +435,10 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             elif self._over[env] and self.autoreset_mode is AutoresetMode.NEXT_STEP:
                 jobs[env] = Job("reset", seed=self._seed(env))
             elif not self._over[env] and len(chunks[row]):
-                jobs[env] = Job("run", actions=chunks[row], record_every=record_every if recorded[row] else 0)
+                next_seed = None
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
-                    jobs[env].next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
+                    next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
+                jobs[env] = Job("run", actions=chunks[row].tobytes(), next_seed=next_seed, record_every=record_every if recorded[row] else 0)
             elif self._shown[env]:
                 jobs[env] = Job("repeat")
         clips = {env: int(clipped[row]) for row, env in enumerate(rows) if clipped[row]}
@@ -458,9 +460,9 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
                     infos[row].update(final_obs=self._nothing(), final_info={"aborted": True})
             elif reply.outcome is not None:
-                *outcome, length[row] = reply.outcome
-                for batch, one in zip((reward, terminated, truncated), outcome, strict=True):
-                    batch[row, : len(one)] = one
+                ran = length[row] = reply.outcome.length
+                reward[row, :ran] = np.frombuffer(reply.outcome.reward, np.float32)
+                terminated[row, ran - 1], truncated[row, ran - 1] = reply.outcome.terminated, reply.outcome.truncated
                 if reply.final is not None:
                     final_obs, final_info = reply.final
                     infos[row].update(final_obs=final_obs, final_info=final_info)
@@ -542,7 +544,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                 if reply.final is not None:
                     self._next_seeds[env] = None
             elif reply.outcome is not None:
-                self._over[env] = (reply.outcome[1] | reply.outcome[2]).any()
+                self._over[env] = reply.outcome.terminated or reply.outcome.truncated
             if reply.outcome is not None:
                 self._failures[env] = 0
             return None
@@ -701,11 +703,13 @@ def collate(infos: Mapping[int, Mapping[str, Any]], count: int) -> dict[str, Any
 
 
 def _column(values: Mapping[int, Any], count: int, key: str) -> Any:
-    some: Sequence[Any] = list(values.values())
-    if key != "final_obs" and all(isinstance(value, Mapping) for value in some):  # Gymnasium keeps final_obs as one dict per env
+    some = list(values.values())
+    kinds = set(map(type, some))
+    if len(kinds) == 1 and kinds <= {bool, int, float} and len(some) == count:  # the usual case, quickly
+        return np.array(some)
+    if key != "final_obs" and all(issubclass(kind, Mapping) for kind in kinds):  # Gymnasium keeps final_obs as one dict per env
         return collate(values, count)
-    numbers = all(isinstance(value, (bool, int, float, np.number, np.bool_, np.ndarray)) for value in some)
-    if numbers and len({np.shape(value) for value in some}) == 1:
+    if all(issubclass(kind, (bool, int, float, np.number, np.bool_, np.ndarray)) for kind in kinds) and len(set(map(np.shape, some))) == 1:
         stacked = np.stack([np.asarray(value) for value in some])
         column = np.zeros((count, *stacked.shape[1:]), stacked.dtype)
         column[list(values)] = stacked

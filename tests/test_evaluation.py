@@ -50,7 +50,7 @@ def test_aborted_episodes_are_in_no_figure_but_their_own():
 
 
 def test_results_become_json_and_metrics():
-    results = Results([outcome(0, True, 4, 1.0), outcome(1, False, 20, task=3)], settings={"env": "e", "policy": "p"}, warnings=[])
+    results = Results([outcome(0, True, 4, 1.0), outcome(1, False, 20, task=3)], settings={"env": "e", "policy": "p", "assets": "stand-in"}, warnings=[])
     record = json.loads(json.dumps(results.to_dict()))
     assert [task["task"] for task in record["tasks"]] == [0, 3] and record["success_rate"] == 0.5
     assert Outcome.from_dict(record["episodes"][0]) == results.episodes[0] and record["episodes"][0]["return"] == 1.0
@@ -311,6 +311,16 @@ def test_a_full_disk_costs_the_video_and_not_the_evaluation(tmp_path, monkeypatc
     assert "episode 0 has no video" in capsys.readouterr().out
     assert "No space left on device" in json.loads((tmp_path / "results.json").read_text())["warnings"][0]
     assert "No space left on device" in (tmp_path / "report.html").read_text()
+
+
+def test_a_replay_that_goes_elsewhere_is_told_and_not_shown(tmp_path):
+    results = run(episodes=3, out=tmp_path)
+    folder = Folder(tmp_path)
+    folder.keep_actions(results.episodes[0], [np.zeros((4, 2), np.float32)])
+    folder.close()
+    recorded = run(episodes=3, out=tmp_path, videos=[0, 1])
+    assert recorded.videos == ["videos/task001_trial0000_solved.mp4"]
+    assert "episode 0 has no video" in recorded.warnings[0] and "no success after 4 steps" in recorded.warnings[0]
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path):

@@ -208,7 +208,7 @@ class Results(Summary):
             "no episode counted" if self.success_rate is None else f"{100 * self.success_rate:.1f} % solved (95 % interval {100 * low:.1f} to {100 * high:.1f})"
         )
         aborted = f", {self.aborted} aborted and not counted" if self.aborted else ""
-        return f"{self.settings['policy']} on {self.settings['env']}: {rate}, {self.successes} of {self.counted} episodes{aborted}"
+        return f"{self.settings['policy']} on {self.settings['env']} (assets: {self.settings['assets']}): {rate}, {self.successes} of {self.counted} episodes{aborted}"
 
 
 def instruction_of(outcomes: Sequence[Outcome]) -> str:

@@ -59,7 +59,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     state = "" if results["finished"] else '<span class="badge bad">unfinished</span>'
     return (
         f'<header><p class="over">vlahub evaluation {state}</p><h1>{html.escape(results["settings"]["policy"])}</h1>'
-        f'<p class="on">on <b>{html.escape(results["settings"]["env"])}</b></p>'
+        f'<p class="on">on <b>{html.escape(results["settings"]["env"])}</b>, assets: {html.escape(results["settings"]["assets"])}</p>'
         f'<div class="hero"><div class="rate">{percent(results["success_rate"])}</div><div class="grow">{bar(results["success_rate"], results["interval"])}'
         f"<p>{results['successes']} of {results['counted']} episodes solved; 95 % interval {low:.1f} to {high:.1f} % (Wilson)</p></div></div></header>"
     )
@@ -152,6 +152,7 @@ def _settings(results: Mapping[str, Any]) -> str:
         return "".join(
             f"<tr><th>{html.escape(str(name).replace('_', ' '))}</th><td>{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
             for name, value in record.items()
+            if value not in ("", None, {})
         )
 
     return (

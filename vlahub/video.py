@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LEAST_WIDTH = 320  # narrower pictures are enlarged by a whole factor, so that the caption can be read
-TEXT_SIZE = 13
+LEAST_TEXT = 13  # pixels; wide pictures get larger letters, because they are shown smaller
 MARGIN = 6
 INK = {"plain": (235, 235, 235), "good": (110, 220, 130), "bad": (250, 130, 120)}
 
@@ -34,9 +34,10 @@ def caption(picture: np.ndarray, instruction: str, status: str, mood: str = "pla
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = picture.shape[:2]
 
-    font = ImageFont.load_default(TEXT_SIZE)
+    size = max(LEAST_TEXT, width // 30)
+    font = ImageFont.load_default(size)
     lines = [status, *_wrap(instruction, font, width - 2 * MARGIN)]
-    line_height = TEXT_SIZE + 4
+    line_height = size + 4
     strip = len(lines) * line_height + 2 * MARGIN
     canvas = Image.new("RGB", (width, strip + height), (20, 20, 20))
     canvas.paste(Image.fromarray(picture), (0, strip))

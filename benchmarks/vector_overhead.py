@@ -180,10 +180,11 @@ def transfer(args: Args, table: Table) -> None:
         ),
     }
     actions = np.zeros((args.workers, ACTION_DIM), np.float32)
-    policy = {}  # where a policy would take the pictures
+    policy = {}  # where a policy takes the pictures
+    held = {}  # as in any loop, an observation lives until the next one has come
 
     def step(env: gymnasium.vector.VectorEnv, read: bool) -> None:
-        observation = env.step(actions)[0]
+        observation = held[env] = env.step(actions)[0]
         if read:
             for key in ("main_images", "wrist_images"):
                 np.copyto(policy.setdefault(key, np.empty_like(observation[key])), observation[key])

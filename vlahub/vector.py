@@ -73,13 +73,13 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), json.dumps(sys.path)],
+                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), json.dumps(list(map(str, sys.path)))],
                 pass_fds=(theirs.fileno(), self.memory),
                 stdin=subprocess.DEVNULL,  # some simulators ask questions; nobody could answer
                 env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C goes to the parent alone, which then ends the workers
             )
-        self.channel, self.facts = Channel(ours), None
+        self.channel, self.facts, self.lost = Channel(ours), None, ""
         self.deadline = time.monotonic() + self.timeout * len(self.envs)
         main = worker.main_module() if b"__main__" in self.world else None
         self._send(Setup(os.getpid(), self.memory, self.num_envs, self.envs, main, self.world))
@@ -94,6 +94,7 @@ class Worker:
         self._send((slab, jobs))
 
     def _send(self, message: Any) -> None:
+        self.channel.socket.settimeout(self.timeout)
         try:
             self.channel.send(message)
         except OSError as error:
@@ -132,11 +133,7 @@ class Worker:
             except (EOFError, OSError):
                 self.lost = "it died"
         if self.process is not None:
-            try:
-                self.process.wait(1.0)  # its socket may close a moment before its exit status is known
-            except subprocess.TimeoutExpired:
-                pass
-            status = self.process.poll()
+            status = _wait(self.process, 1.0)  # its socket may close a moment before its exit status is known
             self.kill()
             if status is not None and status < 0:
                 self.lost = f"it was killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
@@ -153,16 +150,21 @@ class Worker:
         """End the process, and whatever it started, after `grace` seconds at the latest."""
         self.hang_up()
         if self.process is not None:
-            try:
-                self.process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
+            _wait(self.process, grace)
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.wait()
+            _wait(self.process, GRACE)  # a process that is stuck in a driver ends when the driver lets it
         self.process = self.channel = self.facts = None
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit status, or None if the process has not ended by then."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def shut_down(workers: Sequence[Worker], memory: int, owner: int) -> None:
@@ -247,7 +249,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"workers={workers} is too few for slots={slots}: a worker serves one slot")
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        self.num_envs, self.render_mode = int(num_envs), render_mode
+        self.num_envs, self.slots, self.render_mode = int(num_envs), int(slots), render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
 
         self._slots = [range(part[0], part[-1] + 1) for part in np.array_split(range(num_envs), slots)]
@@ -290,6 +292,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         self._lost: dict[int, str] = {}  # episodes lost outside a chunk, to be reported by the next one
         self._failures = np.zeros(self.num_envs, int)  # in a row
         self._pending: dict[int, Exchange] = {}  # by slot
+        self._started = False  # has any env been reset?
         self.closed = False
 
     def _build(self) -> Facts:
@@ -321,7 +324,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         Args:
             seed: an int s gives env i the seed s + i; a list gives each its own, None for a drawn one. Without a seed, every env draws from the generator
                 that its own last seed started. info["seed"] says which seeds were used.
-            options: `reset_mask`, bool [B], resets some envs only. Every other option goes to the simulations: a list, tuple or array has one value per env.
+            options: `reset_mask`, bool [B], resets some envs only. Every other option goes to the simulations: a list, tuple or array has one value per env
+                (None: this env goes without the option), anything else is for all.
             slot: reset within this slot only (masks, lists and the observation are of its size); the other slots may be under way.
         """
         rows = self._idle(slot, "reset")
@@ -407,7 +411,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int) -> Exchange:
         """Check the arguments and start the chunk."""
-        if not self._shown.any() and not self._lost:
+        if not self._started:
             raise gymnasium.error.ResetNeeded(f"call reset() before {where}()")
         if isinstance(actions, (list, tuple)):
             if len(actions) != len(rows):
@@ -541,6 +545,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             if job.kind == "reset" or reply.final is not None:
                 self._over[env], self._shown[env] = False, True
                 self._lost.pop(env, None)
+                self._started = True
                 if reply.final is not None:
                     self._next_seeds[env] = None
             elif reply.outcome is not None:
@@ -620,7 +625,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _nothing(self) -> Observation:
         """The observation of an env without an episode."""
-        zeros = {key: np.zeros(shape[1:], dtype) for key, dtype, shape, _ in self._layout.blocks}
+        zeros = {key: np.zeros(shape[1:], dtype) for key, dtype, shape, *_ in self._layout.blocks}
         return {**zeros, "task_descriptions": ""}
 
     # Seeds
@@ -687,7 +692,8 @@ def _per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         else:
             values = [value] * count
         for one, its_value in zip(each, values, strict=True):
-            one[name] = its_value
+            if its_value is not None:
+                one[name] = its_value
     return each
 
 

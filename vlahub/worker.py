@@ -153,19 +153,20 @@ class Layout:
     """How a batch of observations lies in shared memory: one block per key, in `slabs` of one batch each."""
 
     def __init__(self, interface: Interface, num_envs: int):
-        self.blocks: list[tuple[str, np.dtype, tuple[int, ...], int]] = []  # key, dtype, shape with the batch dimension, offset
+        self.blocks: list[tuple[str, np.dtype, tuple[int, ...], int, int]] = []  # key, dtype, shape with the batch dimension, size, offset
         offset = 0
         for key, space in space_of(interface).items():
             if not isinstance(space, spaces.Box):
                 continue  # text travels beside
             shape = (num_envs, *space.shape)
-            self.blocks.append((key, space.dtype, shape, offset))
-            offset += -(-int(np.prod(shape)) * space.dtype.itemsize // 64) * 64  # whole cache lines
+            count = int(np.prod(shape))
+            self.blocks.append((key, space.dtype, shape, count, offset))
+            offset += -(-count * space.dtype.itemsize // 64) * 64  # whole cache lines
         self.size = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE  # of one slab
 
-    def arrays(self, buffer: Any, offset: int = 0) -> dict[str, np.ndarray]:
-        """Views [B, ...] of the slab that starts at `offset` in `buffer`."""
-        return {key: np.frombuffer(buffer, dtype, int(np.prod(shape)), offset + start).reshape(shape) for key, dtype, shape, start in self.blocks}
+    def arrays(self, buffer: Any, start: int = 0) -> dict[str, np.ndarray]:
+        """Views [B, ...] of the slab that starts at `start` in `buffer`."""
+        return {key: np.frombuffer(buffer, dtype, count, start + offset).reshape(shape) for key, dtype, shape, count, offset in self.blocks}
 
 
 class Resident:
@@ -280,8 +281,11 @@ def serve(connection: int) -> None:
         pass
     for resident in residents.values():
         resident.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it is gone
+            pass
     os._exit(0)  # the simulations are closed; simulators' own exit handlers are known to crash
 
 

@@ -7,6 +7,7 @@ import types
 import pytest
 
 import vlahub
+from tests.worlds import PointWorld
 from vlahub import catalog, cli
 
 EVAL = ["eval", "--env", "test/Point", "--policy"]
@@ -85,6 +86,19 @@ def test_eval_writes_and_shows_the_result(tmp_path, capsys, monkeypatch):
     assert settings["max_steps"] == 15 and settings["env_options"] == {"size": 30} and settings["episodes"] == 5
     assert call(*EVAL, "expert", "--episodes", "5", "--out", str(tmp_path / "out"), "--max-steps", "15", "--env-options", "size=31") == 2
     assert "env_options is {'size': 30} there, {'size': 31} here" in capsys.readouterr().err
+
+
+def test_eval_loads_a_checkpoint_with_its_options(tmp_path, monkeypatch, capsys):
+    from tests.mlp import FlowMlp
+
+    FlowMlp.tiny(PointWorld().interface).save_pretrained(tmp_path / "policy")
+    arguments = (*EVAL, str(tmp_path / "policy"), "--episodes", "3", "--videos", "0", "--out", str(tmp_path / "out"))
+    assert call(*arguments, "--policy-options", "horizon=2", "log_std=-1", "--device", "cpu", "--dtype", "float32", "--execute", "1") == 0
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert settings["policy_options"] == {"horizon": 2, "log_std": -1} and settings["execute"] == 1 and len(settings["weights"]) == 12
+    assert settings["policy"] == str(tmp_path / "policy") and settings["adapters"] == "direct"
+    assert call(*arguments, "--policy-options", "horizen=2") == 2
+    assert "did you mean 'horizon'" in capsys.readouterr().err
 
 
 def test_eval_runs_a_function_from_a_module_here(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 import vlahub
 from tests.fragile import Seeker, stand_still
+from tests.mlp import CategoricalMlp, FlowMlp
 from tests.worlds import PointWorld
 from vlahub import evaluation, video
 from vlahub.evaluation import Folder, Outcome, Results, Summary, episode_seed, episodes_of, fingerprint, player_of, random_actions, wilson
@@ -187,6 +189,18 @@ def test_the_result_does_not_depend_on_the_number_of_envs():
     assert sorted(one.asked) == sorted(eight.asked) and len(set(one.asked)) == len(one.asked)
     assert set(one.batches) == {1} and max(eight.batches) == 4 and {step % 3 for _, step in one.asked} == {0}
     assert essence(run(policy=Seeker(), episodes=20, seed=4)) != essence(alone)
+
+
+@pytest.mark.parametrize("head", [FlowMlp, CategoricalMlp])
+def test_real_policies_run_with_the_seeds_of_each_episode(head, tmp_path):
+    torch.manual_seed(0)
+    policy = head.tiny(PointWorld().interface)
+    alone, together = run(policy=policy, episodes=8, out=tmp_path / "one"), run(policy=policy, episodes=8, num_envs=4, out=tmp_path / "four")
+    assert essence(alone) == essence(together)
+    for one in alone.episodes:
+        executed = [np.load(Folder.actions_file(types.SimpleNamespace(path=tmp_path / name), one))["actions"] for name in ("one", "four")]
+        assert np.abs(executed[0] - executed[1]).max() < 1e-5  # the rounding of a matrix product depends on the batch
+    assert alone.settings["weights"] == fingerprint(policy) and alone.settings["execute"] == policy.execute
 
 
 def test_a_free_env_gets_the_next_episode_at_once():

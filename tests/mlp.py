@@ -47,7 +47,7 @@ class MlpPolicy(Policy):
             self.log_std = nn.Parameter(torch.full((D,), config.log_std))
         if config.head == "flow":
             self.velocity = nn.Sequential(nn.Linear(W + T * D + 16, W), nn.SiLU(), nn.Linear(W, W), nn.SiLU(), nn.Linear(W, T * D))
-            self.explore = flow.Exploration("flow_sde", steps=4, noise_level=0.5)
+            self.explore = flow.Exploration("flow_sde", steps=2, noise_level=1.0)
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:

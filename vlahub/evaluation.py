@@ -33,6 +33,7 @@ import numpy as np
 from vlahub import catalog, report, video
 from vlahub.interface import Fit, check
 from vlahub.observation import select
+from vlahub.vector import WorkerError
 
 EXPERT, RANDOM = "expert", "random"
 # Runs more that an aborted episode gets before it is left out of the rate. A simulation that crashed by bad luck runs the second time; one that always
@@ -394,6 +395,7 @@ def evaluate(
     out: str | Path | None = None,
     execute: int | None = None,
     max_steps: int | None = None,
+    timeout: float = 300.0,
     videos: int | Sequence[int] = 2,
     env_options: Mapping[str, Any] | None = None,
     policy_name: str = "",
@@ -415,6 +417,7 @@ def evaluate(
         out: folder for results.json, report.html, videos and what is needed to continue. Without it nothing is written.
         execute: actions of each chunk that run before the policy is asked again; by default `policy.execute`, and all of what a function returns.
         max_steps: control steps per episode; the environment's limit by default.
+        timeout: seconds that a simulation may take to start, reset or run a chunk; after that it counts as hung and its episode as aborted.
         videos: record so many solved and so many unsolved episodes, or the episodes of these numbers.
         env_options: options of the simulation.
         policy_name: what results call the policy, for example its id.
@@ -427,7 +430,7 @@ def evaluate(
     folder = Folder(out) if out is not None else None
     venv = None
     try:
-        venv = _vector_env(env, num_envs, max_steps, env_options or {}, policy)
+        venv = _vector_env(env, num_envs, max_steps, timeout, env_options or {}, policy)
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
         todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials)
@@ -471,7 +474,7 @@ def evaluate(
             folder.close()
 
 
-def _vector_env(env: Any, num_envs: int, max_steps: int | None, env_options: Mapping[str, Any], policy: Any) -> Any:
+def _vector_env(env: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any], policy: Any) -> Any:
     """The vector env: the one given, or one made of an id or a card."""
     if hasattr(env, "step_chunk") and hasattr(env, "num_envs"):
         if env_options or max_steps is not None:
@@ -484,11 +487,13 @@ def _vector_env(env: Any, num_envs: int, max_steps: int | None, env_options: Map
         raise TypeError(f"env must be an id, an EnvCard or a vlahub vector env, not {type(env).__name__}")
     if policy == EXPERT and not card.expert:
         raise ValueError(f"{card.id} has no scripted expert")
-    made = {"num_envs": num_envs, "max_steps": max_steps, "render_mode": "rgb_array", **env_options}
+    made: dict[str, Any] = {"num_envs": num_envs, "max_steps": max_steps, "render_mode": "rgb_array"}
     if card.vector == catalog.EnvCard.vector:
         # One half simulates while the policy is busy with the other. One process per env: a simulation that crashes takes no other episode with it.
-        made.update(slots=min(2, num_envs), workers=num_envs)
-    return catalog.load(card.vector)(card, **made)
+        made.update(slots=min(2, num_envs), workers=num_envs, timeout=timeout)
+    if taken := sorted(env_options.keys() & {*made, "card", "autoreset_mode"}):
+        raise ValueError(f"env_options are options of the simulation, and {', '.join(taken)} is not one; see the other arguments of evaluate")
+    return catalog.load(card.vector)(card, **made, **env_options)
 
 
 def _slots(venv: Any) -> list[range]:
@@ -630,10 +635,10 @@ def _run(venv: Any, player: Player, fit: Fit, todo: Sequence[Episode], results: 
                 fill(slot)
                 if ask(slot):
                     under_way.append(slot)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WorkerError):
             results.finished = False
             shown.say(
-                f"interrupted after {len(results.episodes)} of {len(todo)} episodes; " + ("the same command continues" if folder else "nothing was written")
+                f"stopped after {len(results.episodes)} of {len(todo)} episodes; " + ("the same command continues" if folder else "nothing was written")
             )
             if folder is not None:
                 _conclude(results)

@@ -85,7 +85,7 @@ def test_more_episodes_than_there_are_is_an_error():
         episodes_of(13, 0, 3, 4)
     for count in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="episodes must be"):
-            episodes_of(count, 0, 3, None)
+            vlahub.evaluate("test/Point", "expert", count)
 
 
 # ------------------------------------------------------------------------------------------------ policies
@@ -247,6 +247,28 @@ def test_a_policy_that_does_not_fit_is_refused_before_anything_runs():
     with pytest.raises(vlahub.InterfaceError, match="wrists"):
         run(policy=policy)
     assert not policy.asked
+
+
+def test_a_policy_in_training_is_evaluated_without_dropout_and_goes_on_training():
+    policy = FlowMlp.tiny(PointWorld().interface)
+    modes = []
+    policy.actor.register_forward_hook(lambda module, *_: modes.append(module.training))
+    policy.train()
+    policy.value_head.eval()  # frozen parts stay as they are
+    run(policy=policy, episodes=2)
+    assert set(modes) == {False} and policy.training and policy.actor[0].training and not policy.value_head[0].training
+
+
+def test_a_policy_may_reuse_its_array(tmp_path):
+    actions = np.zeros((1, 4, 2), np.float32)
+
+    def wander(observation):
+        actions[:] += 0.1
+        return actions
+
+    run(policy=wander, episodes=1, max_steps=12, out=tmp_path)
+    (kept,) = (tmp_path / "actions").iterdir()
+    assert np.load(kept)["actions"][::4, 0].tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_clipped_actions_are_told():

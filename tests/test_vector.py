@@ -473,6 +473,80 @@ def test_repeated_failure_is_an_error_with_the_workers_traceback(point):
     assert env.step_chunk(np.zeros((1, 1, 2))).length == 1
 
 
+class Fragile(PointWorld):
+    """Is never the same again after it raised."""
+
+    def reset(self, seed, options):
+        assert not getattr(self, "broken", False), "used again after it broke"
+        return super().reset(seed, options)
+
+    def _misbehave(self):
+        self.broken = True
+        raise RuntimeError("crack")
+
+
+def test_a_simulation_that_raised_is_built_anew_and_its_neighbours_stay():
+    env = VectorEnv(dataclasses.replace(POINT, simulation="tests.test_vector:Fragile"), 2, workers=1)
+    env.reset(seed=0, options={"trouble": [1, None]})
+    with pytest.warns(RuntimeWarning, match="crack"):
+        result = env.step_chunk(np.zeros((2, 2, 2)))
+    assert result.length.tolist() == [0, 2] and result.info["aborted"].tolist() == [True, False]
+    env.reset(options={"reset_mask": result.done})
+    assert env.step_chunk(np.zeros((2, 2, 2))).info["steps"].tolist() == [2, 4]
+    env.close()
+
+
+class Clueless:
+    def __init__(self, simulation):
+        pass
+
+    def reset(self):
+        pass
+
+    def act(self):
+        raise LookupError("no plan")
+
+
+def test_an_expert_that_raises_is_the_users_to_see():
+    env = VectorEnv(dataclasses.replace(POINT, expert="tests.test_vector:Clueless"), 1)
+    env.reset(seed=0)
+    with pytest.raises(LookupError, match="no plan"):
+        env.expert_actions()
+    with pytest.warns(RuntimeWarning, match="no plan"):
+        assert env.step_chunk(np.zeros((1, 2, 2))).info["aborted"].all()
+    env.close()
+
+
+class WithChild(PointWorld):
+    """Starts a program of its own; `assets` tells its process id."""
+
+    def __init__(self):
+        super().__init__()
+        self.assets = str(subprocess.Popen(["sleep", "600"]).pid)
+
+
+def test_programs_that_simulations_start_end_with_them():
+    env = VectorEnv(dataclasses.replace(POINT, simulation="tests.test_vector:WithChild"), 1, timeout=30)
+    child = int(env.assets)
+    env.reset(seed=0)
+    env._workers[0].process.kill()
+    with pytest.warns(RuntimeWarning, match="SIGKILL"):  # noticed at once, although the child holds the worker's files open
+        env.step_chunk(np.zeros((1, 2, 2)))
+    assert gone([child])
+    env.close()
+
+
+def test_a_fork_of_the_program_leaves_the_workers_alone(point):
+    env = point(1)
+    env.reset(seed=0)
+    child = os.fork()
+    if not child:
+        env.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert env.step_chunk(np.zeros((1, 2, 2))).length == 2
+
+
 class Unbuildable(PointWorld):
     """Dies while it is built, unless it has done so `patience` times before; counts in a file."""
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -110,11 +111,11 @@ class Run:
     # ------------------------------------------------------------------------------------------------ parts of a run
 
     def make_env(self, count: int) -> VectorEnv:
-        """This rank's environments, in two halves that alternate."""
+        """This rank's environments, in two halves that alternate where there are processes for both."""
         options = {"max_steps": self.args.max_steps} if self.args.max_steps else {}
-        if self.args.workers:
-            options["workers"] = self.args.workers
-        return make(self.args.env_id, num_envs=count, slots=min(2, count), **options)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
+        return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
 
     def load_policy(self, interface: Interface, **options: Any) -> Policy:
         """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
@@ -199,7 +200,9 @@ class Run:
             out = self.folder / "eval" / f"{iteration:06d}"
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after it; the weights may differ in the last digit
             with self.autocast():
-                results = evaluate(env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy)
+                results = evaluate(
+                    env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy
+                )
             print(f"after {iteration} iterations: {results}", flush=True)
             return results.metrics()
 
@@ -238,7 +241,7 @@ class Run:
         counters = checkpoint.load(newest, policy, optimizer)
         self.steps_at_start = counters.get("steps", 0)
         print0(f"resuming after iteration {counters['iteration']} from {newest}")
-        return {**fresh, **counters}
+        return {**fresh, **{name: value for name, value in counters.items() if name != "step"}}
 
     def close(self) -> None:
         self.tracker.close()

@@ -257,7 +257,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"workers={workers} is too few for slots={slots}: a worker serves one slot")
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        self.num_envs, self.render_mode = int(num_envs), render_mode
+        self.num_envs, self.slots, self.render_mode = int(num_envs), int(slots), render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
 
         self._slots = [range(part[0], part[-1] + 1) for part in np.array_split(range(num_envs), slots)]

@@ -1,0 +1,567 @@
+"""OpenVLA-OFT: a 7.5 B Vision-Language-Action model that predicts a whole chunk of actions in one forward pass.
+
+    DINOv2 and SigLIP patches -> projector -> Llama-2 without a causal mask -> one hidden state per action number
+    sequence: [BOS] [256 patches per image] [state, if used] [prompt, padded on the left] [T x D zero vectors] [</s>, if trained with it]
+
+The state at the position *before* a zero vector predicts its action number, either as one of 256 bins (`head="tokens"`, the last 256 ids of the vocabulary:
+what reinforcement learning needs) or, all together, by an L1 regression head (`head="l1"`). Attention is bidirectional and positions skip padding, so where
+the padding stands changes nothing. Module names are those of the published checkpoints.
+
+A published folder says neither how many images and actions the model was trained with nor how its pixels were prepared. `RECIPES` does, by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlahub import hub
+from vlahub.interface import Camera, Field, Interface
+from vlahub.observation import Observation, to_torch, views
+from vlahub.policy import Evaluation, Policy, Sample, Trace
+from vlahub_policies.parts import resize
+from vlahub_policies.parts.jpeg import jpeg_round_trip
+from vlahub_policies.parts.llama import Llama, LlamaConfig
+from vlahub_policies.parts.randomness import fresh_seeds, uniform
+from vlahub_policies.parts.vit import DINOV2_LARGE, SIGLIP_SO400M, VisionTransformer, VitConfig, unused_keys
+
+BINS = 256
+IGNORED = -100
+BOS, EOS = 1, 2
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+Bounds = Literal["q99", "minmax"]
+
+
+@dataclass(frozen=True)
+class OpenVLAOFTConfig:
+    interface: Interface
+    statistics: dict[str, Any]  # {"action": {"q01", "q99", "min", "max", "mask"}, "proprio": the same without mask}, as in dataset_statistics.json
+    unnorm_key: str = ""  # the data set that the statistics are of
+    head: Literal["tokens", "l1"] = "tokens"
+    horizon: int = 8
+    execute: int = 8
+    proprio: bool = False  # the state enters as one token after the patches
+    film: bool = False  # the prompt modulates every vision block
+    end_token: bool = True  # </s> follows the action positions
+    whole_vocabulary: bool = False  # greedy over all ids (one outside the bins becomes an end bin), as moojink's evaluation does
+    images: Literal["moojink", "rlinf", "robotwin"] = "rlinf"  # how pixels are prepared: see `prepare_images`
+    bounds: Bounds = "q99"
+    binary_gripper: bool = True  # grippers were trained on 0 (closed) .. 1 (open), unscaled; the env gets its own `open` or `closed`
+    temperature: float = 1.6  # of sampling; greedy decoding ignores it
+    value_head: bool = False
+    value_level: Literal["chunk", "action"] = "chunk"  # one value per decision, or one per action of the chunk
+    max_prompt: int = 128  # tokens; a longer instruction is an error
+    vocab_size: int = 32000  # of the tokenizer without <PAD>, whose id is this number; the bins are the last 256 ids below it
+    image_size: int = 224
+    patch: int = 14
+    dino: VitConfig = DINOV2_LARGE
+    siglip: VitConfig = SIGLIP_SO400M
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"execute is {self.execute}; it must be between 1 and the horizon, {self.horizon}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be positive (deterministic decoding is predict / act)")
+        for side, wanted in (("action", self.interface.action_dim), *([("proprio", self.interface.state_dim)] if self.proprio else [])):
+            low, high = bounds_of(self.statistics, side, self.bounds)
+            if len(low) != wanted or len(high) != wanted:
+                raise ValueError(f"statistics[{side!r}] of {self.unnorm_key!r} have {len(low)} numbers, the interface {wanted}")
+
+
+def bounds_of(statistics: Mapping[str, Any], side: str, bounds: Bounds) -> tuple[list[float], list[float]]:
+    names = ("q01", "q99") if bounds == "q99" else ("min", "max")
+    missing = [name for name in names if name not in statistics.get(side, {})]
+    if missing:
+        raise ValueError(f"statistics[{side!r}] lack {' and '.join(missing)}: actions could not be scaled back; give statistics=... of the training data")
+    return statistics[side][names[0]], statistics[side][names[1]]
+
+
+_LIBERO_STATE = (
+    Field("position", 3, "m", frame="world"),
+    Field("rotation", 3, "rad", rotation="axis_angle", frame="world"),
+    Field("fingers", 2, "m"),
+)
+_LIBERO_ACTION = (
+    Field("position", 3, "1", reference="delta", frame="world", low=-1, high=1),
+    Field("rotation", 3, "1", reference="delta", rotation="axis_angle", frame="world", low=-1, high=1),
+    Field("gripper", 1, "1", low=-1, high=1, open=-1, closed=1),
+)
+_ROBOTWIN = tuple(
+    entry for side in ("left", "right") for entry in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
+)
+LIBERO = Interface(main=Camera("agentview", turned=180), state=(), action=_LIBERO_ACTION, control_hz=20)
+LIBERO_TWO_CAMERAS = dataclasses.replace(LIBERO, wrists=(Camera("wrist", turned=180),), state=_LIBERO_STATE)
+ROBOTWIN = Interface(main=Camera("head"), state=(), action=_ROBOTWIN)
+ROBOTWIN_STATE = dataclasses.replace(ROBOTWIN, state=_ROBOTWIN)
+BRIDGE = Interface(
+    main=Camera("3rd_view_camera"),
+    state=(),
+    action=(
+        Field("position", 3, "m", reference="delta", frame="robot_base"),
+        Field("rotation", 3, "rad", reference="delta", rotation="euler_xyz", frame="robot_base"),
+        Field("gripper", 1, "1", low=-1, high=1, open=1, closed=-1),
+    ),
+    control_hz=5,
+)
+
+# What a published folder leaves open, per way of training. Any entry can be overridden by an argument of from_pretrained.
+RECIPES: dict[str, dict[str, Any]] = {
+    # moojink's LIBERO checkpoints: two cameras, state, regression head
+    "libero_l1": dict(interface=LIBERO_TWO_CAMERAS, head="l1", proprio=True, images="moojink"),
+    # the same training script with discrete actions, one camera, evaluated as moojink does
+    "libero_tokens": dict(interface=LIBERO, whole_vocabulary=True, images="moojink"),
+    # RLinf's LIBERO checkpoints (supervised bases and RL results)
+    "libero_rlinf": dict(interface=LIBERO, end_token=False),
+    # RLinf's RoboTwin checkpoints: absolute joints of two arms, head camera. Grippers are scaled like joints
+    "robotwin_rlinf": dict(
+        interface=ROBOTWIN, horizon=25, execute=25, images="robotwin", bounds="minmax", binary_gripper=False, max_prompt=512
+    ),
+    # the same with the joint state as a token
+    "robotwin_rlinf_state": dict(
+        interface=ROBOTWIN_STATE, horizon=25, execute=25, images="robotwin", bounds="minmax", binary_gripper=False, max_prompt=512, proprio=True
+    ),
+    # RLinf's ManiSkill (WidowX on the Bridge table) checkpoints
+    "bridge_rlinf": dict(interface=BRIDGE, end_token=False, temperature=1.0),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+# The published processor was written while torch's default type was bfloat16: these rounded constants are what was trained with, not ImageNet's 0.485...
+DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+
+
+def prepare_images(images: torch.Tensor, how: str, size: int) -> torch.Tensor:
+    """uint8 [N, H, W, 3] as a camera gives them -> uint8 [N, size, size, 3] as the checkpoint saw them.
+
+    moojink: JPEG round trip, Lanczos, crop of the central 90 %.  rlinf: bicubic.  robotwin: crop of the central 90 %, aspect ratio not kept.
+    """
+    if how == "moojink":
+        return resize.centre_crop(resize.lanczos(jpeg_round_trip(images), size), size)
+    return resize.bicubic(images, size) if how == "rlinf" else resize.centre_crop(images, size)
+
+
+def pixel_values(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, V, size, size, 3] -> float32 [B, V * 6, size, size]: per view three channels for DINOv2, then three for SigLIP."""
+    x = images.permute(0, 1, 4, 2, 3).float() / 255
+    mean, std = (torch.tensor(entry, device=x.device).view(3, 1, 1) for entry in (DINO_MEAN, DINO_STD))
+    return torch.stack([(x - mean) / std, (x - 0.5) / 0.5], dim=2).flatten(1, 3)
+
+
+# ------------------------------------------------------------------------------------------------ actions <-> bins
+
+
+def bin_edges(device: torch.device | str = "cpu") -> torch.Tensor:
+    # 256 edges, so only 255 centres. NumPy's, not torch's: they differ in the last bit, which decides about actions that lie on an edge
+    return torch.from_numpy(np.linspace(-1, 1, BINS)).to(device)
+
+
+def actions_to_bins(x: torch.Tensor) -> torch.Tensor:
+    """Normalised actions -> bin 0..255, which is vocabulary id minus the first action id. The larger the bin, the smaller the action."""
+    return BINS - torch.bucketize(x.double().clamp(-1, 1).contiguous(), bin_edges(x.device), right=True)
+
+
+def bins_to_actions(bins: torch.Tensor) -> torch.Tensor:
+    """The inverse, float64. There are 255 centres: bins 0 and 1 are the same number."""
+    edges = bin_edges(bins.device)
+    return ((edges[1:] + edges[:-1]) / 2)[(BINS - 1 - bins).clamp(0, BINS - 2)]
+
+
+# ------------------------------------------------------------------------------------------------ prompt
+
+
+def prompt(task: str) -> str:
+    return f"In: What action should the robot take to {task.lower()}?\nOut: "  # the trailing space is a token of its own
+
+
+def prompt_ids(tokenizer: Any, task: str) -> list[int]:
+    """Ids of the whole prompt; a tokenizer that reads it otherwise than Llama's is refused."""
+    ids = tokenizer.encode(prompt(task), add_special_tokens=False).ids
+    space = tokenizer.token_to_id("▁")
+    if space is None or ids[-1] != space:
+        raise ValueError(f"the tokenizer does not end the prompt with the token of a space (▁, {space}) but with {ids[-1]}; it is not the one of this model")
+    return [BOS, *ids]
+
+
+def left_padded(rows: list[list[int]], length: int, pad: int) -> torch.Tensor:
+    """Prompts -> [B, length]: BOS in front, then padding, then the rest."""
+    for row in rows:
+        if len(row) > length:
+            raise ValueError(f"an instruction has {len(row)} tokens with its prompt, more than max_prompt = {length}; shorten it or raise max_prompt")
+    return torch.tensor([[row[0], *[pad] * (length - len(row)), *row[1:]] for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+class VisionBackbone(nn.Module):
+    def __init__(self, config: OpenVLAOFTConfig):
+        super().__init__()
+        film_dim = config.llama.hidden_size if config.film else None
+        self.featurizer = VisionTransformer(config.dino, config.image_size, config.patch, film_dim)
+        self.fused_featurizer = VisionTransformer(config.siglip, config.image_size, config.patch, film_dim)
+
+    def forward(self, pixels: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, 6 V, size, size] -> [B, V * patches, dino + siglip]. `language` [B, dim]: the mean prompt embedding, with FiLM."""
+        batch = len(pixels)
+        pixels = pixels.unflatten(1, (-1, 6)).flatten(0, 1)  # [B * V, 6, size, size]
+        if language is not None:
+            language = language.repeat_interleave(len(pixels) // batch, dim=0)
+        features = torch.cat([self.featurizer(pixels[:, :3], language), self.fused_featurizer(pixels[:, 3:], language)], dim=-1)
+        return features.unflatten(0, (batch, -1)).flatten(1, 2)
+
+
+class Projector(nn.Module):
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.fc1 = nn.Linear(into, 4 * into)
+        self.fc2 = nn.Linear(4 * into, out)
+        self.fc3 = nn.Linear(out, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
+
+
+class ProprioProjector(nn.Module):
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.fc1 = nn.Linear(into, out)
+        self.fc2 = nn.Linear(out, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.ffn(x)
+
+
+class MlpResNet(nn.Module):
+    def __init__(self, into: int, hidden: int, out: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(into)
+        self.fc1 = nn.Linear(into, hidden)
+        self.mlp_resnet_blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(2))
+        self.layer_norm2 = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.fc1(self.layer_norm1(x)))
+        for block in self.mlp_resnet_blocks:
+            x = block(x)
+        return self.fc2(self.layer_norm2(x))
+
+
+class L1Head(nn.Module):
+    """Hidden states [B, T * D, dim] -> normalised actions [B, T, D]; the D states of a step are read together."""
+
+    def __init__(self, dim: int, action_dim: int):
+        super().__init__()
+        self.action_dim = action_dim
+        self.model = MlpResNet(action_dim * dim, dim, action_dim)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model(hidden.unflatten(1, (-1, self.action_dim)).flatten(2))
+
+
+class ValueHead(nn.Module):
+    """Values [B, outputs] from the hidden state of the last prompt token [B, dim]."""
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, 512), nn.GELU(), nn.Linear(512, 128), nn.GELU(), nn.Linear(128, outputs, bias=False))
+        for layer in self.mlp[::2]:
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.mlp[0].bias)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden)
+
+
+class OpenVLAOFT(Policy):
+    family, Config = "openvla_oft", OpenVLAOFTConfig
+
+    def __init__(self, config: OpenVLAOFTConfig, tokenizer: Any = None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.interface, self.horizon, self.execute = config.interface, config.horizon, config.execute
+        self.action_dim = config.interface.action_dim
+        self.slots = self.horizon * self.action_dim  # action positions in the sequence
+        self._prompts: dict[str, list[int]] = {}
+        dim = config.llama.hidden_size
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = Projector(config.dino.dim + config.siglip.dim, dim)
+        self.language_model = Llama(config.llama)
+        self.proprio_projector = ProprioProjector(config.interface.state_dim, dim) if config.proprio else None
+        self.action_head = L1Head(dim, self.action_dim) if config.head == "l1" else None
+        self.value_head = ValueHead(dim, 1 if config.value_level == "chunk" else self.horizon) if config.value_head else None
+
+    @classmethod
+    def from_config(cls, config: OpenVLAOFTConfig, folder: Path | None = None) -> Self:
+        return cls(config, read_tokenizer(folder) if folder is not None else None)
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, state: torch.Tensor | None = None, padded: bool = True) -> torch.Tensor:
+        """Hidden states [B, T * D + 1, dim] after the final norm, from the last prompt token to the last action position.
+
+        The first T * D of them predict the action numbers; the last one predicts </s> in training.
+
+        Args:
+            pixels: [B, 6 V, size, size], normalised.
+            ids: [B, L] prompts as `left_padded` gives them.
+            state: [B, D_state], normalised; only with config.proprio.
+            padded: False promises that no row of `ids` is padded; attention without a mask is faster.
+        """
+        dtype = self.projector.fc1.weight.dtype
+        words = self.language_model.model.embed_tokens(ids)
+        end = self.language_model.model.embed_tokens(ids.new_full((len(ids), 1), EOS)) if self.config.end_token else words[:, :0]
+        language = None
+        if self.config.film:  # the mean over the prompt as it was trained: with BOS and </s>, without padding
+            real = (ids != self.config.vocab_size)[..., None]
+            language = ((words * real).sum(1) + end.sum(1)) / (real.sum(1) + end.shape[1])
+        x = [words[:, :1], self.projector(self.vision_backbone(pixels.to(dtype), language))]
+        if self.proprio_projector is not None:
+            x.append(self.proprio_projector(state.to(dtype))[:, None])
+        x = torch.cat([*x, words[:, 1:], words.new_zeros(len(ids), self.slots, words.shape[-1]), end], dim=1)
+        x = self.language_model.model(x, *self.layout(ids, x.shape[1], padded))
+        first = x.shape[1] - end.shape[1] - self.slots - 1
+        return self.language_model.model.norm(x[:, first : first + self.slots + 1])
+
+    def layout(self, ids: torch.Tensor, length: int, padded: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(position numbers [B, S], which skip padding; which positions of the sequence are real [B, S] bool, None if all are)."""
+        if not padded:
+            return torch.arange(length, device=ids.device)[None], None
+        real = ids != self.config.vocab_size
+        tail = self.slots + self.config.end_token
+        patches = length - ids.shape[1] - tail
+        keep = torch.cat([real[:, :1], real.new_ones(len(ids), patches), real[:, 1:], real.new_ones(len(ids), tail)], dim=1)
+        return keep.cumsum(1) - 1, keep
+
+    def trimmed(self, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Prompts without the padding that all rows share, and whether any is left."""
+        lengths = (ids != self.config.vocab_size).sum(1)
+        shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
+        return torch.cat([ids[:, :1], ids[:, ids.shape[1] - longest + 1 :]], dim=1), shortest < longest
+
+    def hidden(self, inputs: Trace) -> torch.Tensor:
+        ids, padded = self.trimmed(inputs["ids"])
+        return self(pixel_values(inputs["images"]), ids, inputs.get("states"), padded)
+
+    def bin_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, T * D (+ 1), dim] -> float32 [B, T, D, 256] over the bins alone."""
+        first = self.config.vocab_size - BINS
+        logits = F.linear(hidden[:, : self.slots], self.language_model.lm_head.weight[first : first + BINS])
+        return logits.float().unflatten(1, (self.horizon, self.action_dim))
+
+    # -------------------------------------------------------------------------------------------- the contract
+
+    def prepare(self, observation: Observation) -> Trace:
+        """images uint8 [B, V, size, size, 3]; ids int64 [B, max_prompt]; states float32 [B, D_state], normalised, if the policy uses them."""
+        roles = {"main_images": (self.interface.main,), "wrist_images": self.interface.wrists, "extra_view_images": self.interface.extras}
+        pictures = []
+        for key, cameras in roles.items():
+            if not cameras:
+                continue
+            if key not in observation:
+                raise ValueError(f"observation[{key!r}] is missing; this policy was trained with {', '.join(self.interface.cameras)}")
+            stack = views(to_torch({key: observation[key]}, self.device), key)
+            if stack.shape[1] < len(cameras):
+                raise ValueError(f"observation[{key!r}] has {stack.shape[1]} views; this policy needs {len(cameras)} ({', '.join(c.name for c in cameras)})")
+            pictures.append(stack[:, : len(cameras)])
+        if len({stack.shape[2:] for stack in pictures}) == 1:  # one size: one pass over all views
+            pictures = [torch.cat(pictures, dim=1)]
+        size = self.config.image_size
+        pictures = [prepare_images(stack.flatten(0, 1), self.config.images, size).view(*stack.shape[:2], size, size, 3) for stack in pictures]
+        inputs = {"images": torch.cat(pictures, dim=1), "ids": self.tokenise(observation["task_descriptions"])}
+        if self.config.proprio:
+            inputs["states"] = self.normalised(to_torch({"states": observation["states"]}, self.device)["states"], "proprio").float()
+        return inputs
+
+    def tokenise(self, tasks: list[str]) -> torch.Tensor:
+        if self.tokenizer is None:
+            raise ValueError("this policy has no tokenizer; load it with from_pretrained, or set policy.tokenizer")
+        for task in tasks:
+            if task not in self._prompts:
+                self._prompts[task] = prompt_ids(self.tokenizer, task)
+        return left_padded([self._prompts[task] for task in tasks], self.config.max_prompt, self.config.vocab_size).to(self.device)
+
+    @torch.no_grad()
+    def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
+        hidden = self.hidden(inputs)
+        if self.action_head is not None:
+            return self.to_env(self.action_head(hidden[:, : self.slots]))
+        if self.config.whole_vocabulary:
+            ids = self.language_model.lm_head(hidden[:, : self.slots]).argmax(-1).unflatten(1, (self.horizon, self.action_dim))
+            bins = ids - (self.config.vocab_size - BINS)
+        else:
+            bins = self.bin_logits(hidden).argmax(-1)
+        return self.to_env(bins_to_actions(bins))
+
+    @torch.no_grad()
+    def sample(self, observation: Observation, seeds: torch.Tensor | None = None) -> Sample:
+        self._require_tokens("sampling")
+        inputs = self.prepare(observation)
+        seeds = fresh_seeds(len(inputs["ids"])) if seeds is None else seeds
+        hidden = self.hidden(inputs)
+        log_probs = F.log_softmax(self.bin_logits(hidden) / self.config.temperature, dim=-1)  # [B, T, D, 256]
+        # inverse of the cumulative distribution at one uniform number per token; rounding must not lead past the last bin
+        u = uniform(seeds, (self.horizon, self.action_dim, 1), device=self.device)
+        bins = (log_probs.exp().cumsum(-1) <= u).sum(-1).clamp(max=BINS - 1)
+        log_prob = log_probs.gather(-1, bins[..., None])[..., 0]
+        value = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
+        return Sample(self.to_env(bins_to_actions(bins)), log_prob, value, {**inputs, "bins": bins})
+
+    @torch.no_grad()
+    def value(self, observation: Observation) -> torch.Tensor:
+        if self.value_head is None:
+            raise ValueError("this policy has no value head; load it with value_head=True")
+        return self.value_head(self.hidden(self.prepare(observation))[:, 0]).float()
+
+    def evaluate(self, trace: Trace) -> Evaluation:
+        self._require_tokens("evaluating a trace")
+        hidden = self.hidden(trace)
+        log_probs = F.log_softmax(self.bin_logits(hidden) / self.config.temperature, dim=-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        value = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
+        return Evaluation(log_probs.gather(-1, trace["bins"][..., None])[..., 0], entropy, value)
+
+    def sft_loss(self, batch: Mapping[str, Any], seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy over the whole vocabulary (with </s>, where the sequence has it), or the mean absolute error of the L1 head. Draws nothing."""
+        actions = torch.as_tensor(batch["actions"]).to(self.device)
+        if actions.shape[1:] != (self.horizon, self.action_dim):
+            raise ValueError(f"batch['actions'] has shape {list(actions.shape)}, expected [B, {self.horizon}, {self.action_dim}]")
+        pad = batch.get("action_is_pad")
+        weight = torch.ones_like(actions[..., :1]) if pad is None else (~torch.as_tensor(pad).to(self.device)).to(actions.dtype)[..., None]
+        return self.loss(self.hidden(self.prepare(batch)), self.from_env(actions), weight)
+
+    def loss(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`target`: normalised actions [B, T, D]; `weight` [B, T, 1]: 0 for steps after the end of an episode."""
+        weight = weight.expand_as(target)
+        if self.action_head is not None:
+            return ((self.action_head(hidden[:, : self.slots]).float() - target).abs() * weight).sum() / weight.sum()
+        ids = (actions_to_bins(target) + self.config.vocab_size - BINS).masked_fill(weight == 0, IGNORED).flatten(1)
+        if self.config.end_token:
+            ids = F.pad(ids, (0, 1), value=EOS)
+        logits = self.language_model.lm_head(hidden[:, : ids.shape[1]]).float()
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=IGNORED)
+
+    def _require_tokens(self, what: str) -> None:
+        if self.action_head is not None:
+            raise ValueError(
+                f"{what} needs a distribution over actions, and this checkpoint has an L1 regression head: its vocabulary was not trained on actions. "
+                "Reinforcement learning starts from a checkpoint trained on discrete tokens (recipes libero_rlinf, libero_tokens, robotwin_rlinf)"
+            )
+
+    # -------------------------------------------------------------------------------------------- scales
+
+    def _bounds(self, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(low, high, which numbers are scaled) float64."""
+        low, high = bounds_of(self.config.statistics, side, self.config.bounds)
+        mask = self.config.statistics[side].get("mask") or [True] * len(low)
+        low, high = (torch.tensor(entry, dtype=torch.float64, device=device) for entry in (low, high))
+        return low, high, torch.tensor(mask, device=device)
+
+    def normalised(self, x: torch.Tensor, side: str) -> torch.Tensor:
+        """Data in its own units -> [-1, 1], float64. A number that never changed becomes 0; numbers outside the mask stay as they are."""
+        low, high, mask = self._bounds(side, x.device)
+        scaled = (2 * (x.double() - low) / (high - low + 1e-8) - 1).clamp(-1, 1)
+        if side == "action":
+            scaled = torch.where(low == high, 0.0, scaled)
+        return torch.where(mask, scaled, x.double())
+
+    def unnormalised(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised actions -> the units of the training data, float64."""
+        low, high, mask = self._bounds("action", x.device)
+        return torch.where(mask, 0.5 * (x.double() + 1) * (high - low + 1e-8) + low, x.double())
+
+    def to_env(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised actions [B, T, D] -> env units, float32. A binary gripper becomes the env's `open` above 0.5 and `closed` below."""
+        x = self.unnormalised(x)
+        for column, entry in self._binary_grippers():
+            x[..., column] = (entry.open + entry.closed) / 2 + torch.sign(2 * x[..., column] - 1) * (entry.open - entry.closed) / 2
+        return x.float()
+
+    def from_env(self, actions: torch.Tensor) -> torch.Tensor:
+        """The inverse for training data: env units -> normalised, float64."""
+        x = actions.double().clone()
+        for column, entry in self._binary_grippers():
+            x[..., column] = (x[..., column] - entry.closed) / (entry.open - entry.closed)
+        return self.normalised(x, "action")
+
+    def _binary_grippers(self) -> list[tuple[int, Field]]:
+        if not self.config.binary_gripper:
+            return []
+        columns, start = [], 0
+        for entry in self.interface.action:
+            if entry.open is not None and entry.closed is not None:
+                columns += [(start + i, entry) for i in range(entry.size)]
+            start += entry.size
+        return columns
+
+
+# ------------------------------------------------------------------------------------------------ published files
+
+
+def read_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise hub.CheckpointError(f"{folder} has no tokenizer.json; download the whole repository again")
+    return Tokenizer.from_file(str(file))
+
+
+def unused(config: OpenVLAOFTConfig) -> list[str]:
+    """Patterns of the published keys that reach no output and are not built."""
+    towers = {"featurizer": config.dino, "fused_featurizer": config.siglip}
+    return [f"vision_backbone.{name}.{pattern}" for name, vit in towers.items() for pattern in unused_keys(vit)]
+
+
+def without_film_wrapping(name: str) -> str:
+    """FiLM wraps the vision backbone and each block of it once more: the same tensor without the wrappers' names."""
+    return name.replace("vision_backbone.vision_backbone.", "vision_backbone.").replace(".block.", ".")
+
+
+def component_key(component: str, name: str) -> str:
+    """Heads are saved alone, through DistributedDataParallel: `module.fc1.weight` -> `proprio_projector.fc1.weight`."""
+    name = name.removeprefix("module.")
+    return name if name.startswith(f"{component}.") else f"{component}.{name}"
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def split_adapter(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Pair], dict[str, torch.Tensor]]:
+    """A peft file -> ({weight: (A, B)}, {weight: the whole tensor that replaces it}), under the model's own names."""
+    pairs, whole = {}, {}
+    for name in tensors:
+        target = name.removeprefix("base_model.model.").replace(".default.", ".").replace(".base_layer.", ".")
+        if ".lora_A." in target:
+            pairs[target.replace(".lora_A", "")] = (tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")])
+        elif ".lora_B." not in target:
+            whole[target] = tensors[name]
+    return pairs, whole
+
+
+def lora_delta(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B A in float32; for a convolution (A [r, 3, 14, 14], B [dim, r, 1, 1]) the product has the kernel's shape."""
+    return (b.float().flatten(1) @ a.float().flatten(1)).view(b.shape[0], *a.shape[1:])

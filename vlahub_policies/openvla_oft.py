@@ -13,6 +13,8 @@ A published folder says neither how many images and actions the model was traine
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +26,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlahub import hub
+from vlahub.catalog import suggest
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
-from vlahub_policies.parts import resize
+from vlahub_policies.parts import lora, resize, robots
 from vlahub_policies.parts.jpeg import jpeg_round_trip
 from vlahub_policies.parts.llama import Llama, LlamaConfig
+from vlahub_policies.parts.openvla_files import Published, choose_statistics, read_tokenizer
 from vlahub_policies.parts.randomness import fresh_seeds, uniform
 from vlahub_policies.parts.vit import DINOV2_LARGE, SIGLIP_SO400M, VisionTransformer, VitConfig, unused_keys
 
@@ -61,6 +65,10 @@ class OpenVLAOFTConfig:
     temperature: float = 1.6  # of sampling; greedy decoding ignores it
     value_head: bool = False
     value_level: Literal["chunk", "action"] = "chunk"  # one value per decision, or one per action of the chunk
+    lora_rank: int = 0  # low-rank adapters on every linear layer of vision, projector and language model; 0: none, all weights train
+    lora_alpha: float = 32.0
+    freeze_vision: bool = False
+    gradient_checkpointing: bool = False
     max_prompt: int = 128  # tokens; a longer instruction is an error
     vocab_size: int = 32000  # of the tokenizer without <PAD>, whose id is this number; the bins are the last 256 ids below it
     image_size: int = 224
@@ -88,23 +96,25 @@ def bounds_of(statistics: Mapping[str, Any], side: str, bounds: Bounds) -> tuple
     return statistics[side][names[0]], statistics[side][names[1]]
 
 
-_LIBERO_STATE = (
-    Field("position", 3, "m", frame="world"),
-    Field("rotation", 3, "rad", rotation="axis_angle", frame="world"),
-    Field("fingers", 2, "m"),
-)
-_LIBERO_ACTION = (
-    Field("position", 3, "1", reference="delta", frame="world", low=-1, high=1),
-    Field("rotation", 3, "1", reference="delta", rotation="axis_angle", frame="world", low=-1, high=1),
-    Field("gripper", 1, "1", low=-1, high=1, open=-1, closed=1),
-)
+def _bounds_of_fields(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, Any]:
+    """Statistics that scale each number by its field's bounds."""
+    statistics = {}
+    for side, entries in fields.items():
+        low, high = ([float(x) for entry in entries for x in np.broadcast_to(getattr(entry, end), entry.size)] for end in ("low", "high"))
+        if side == "action" and not np.isfinite(low + high).all():
+            raise ValueError("an action of this interface has no bounds to scale by; give tiny(statistics=...) of the training data")
+        low, high = [max(x, -np.pi) for x in low], [min(x, np.pi) for x in high]
+        statistics[side] = {"q01": low, "q99": high, "min": low, "max": high}
+    return statistics
+
+
 _ROBOTWIN = tuple(
     entry for side in ("left", "right") for entry in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
 )
-LIBERO = Interface(main=Camera("agentview", turned=180), state=(), action=_LIBERO_ACTION, control_hz=20)
-LIBERO_TWO_CAMERAS = dataclasses.replace(LIBERO, wrists=(Camera("wrist", turned=180),), state=_LIBERO_STATE)
-ROBOTWIN = Interface(main=Camera("head"), state=(), action=_ROBOTWIN)
-ROBOTWIN_STATE = dataclasses.replace(ROBOTWIN, state=_ROBOTWIN)
+LIBERO_TWO_CAMERAS = dataclasses.replace(robots.LIBERO, optional_cameras=())
+LIBERO = dataclasses.replace(LIBERO_TWO_CAMERAS, wrists=(), state=())
+ROBOTWIN_STATE = Interface(main=Camera("head"), state=_ROBOTWIN, action=_ROBOTWIN)
+ROBOTWIN = dataclasses.replace(ROBOTWIN_STATE, state=())
 BRIDGE = Interface(
     main=Camera("3rd_view_camera"),
     state=(),
@@ -116,25 +126,29 @@ BRIDGE = Interface(
     control_hz=5,
 )
 
-# What a published folder leaves open, per way of training. Any entry can be overridden by an argument of from_pretrained.
-RECIPES: dict[str, dict[str, Any]] = {
-    # moojink's LIBERO checkpoints: two cameras, state, regression head
-    "libero_l1": dict(interface=LIBERO_TWO_CAMERAS, head="l1", proprio=True, images="moojink"),
-    # the same training script with discrete actions, one camera, evaluated as moojink does
-    "libero_tokens": dict(interface=LIBERO, whole_vocabulary=True, images="moojink"),
-    # RLinf's LIBERO checkpoints (supervised bases and RL results)
-    "libero_rlinf": dict(interface=LIBERO, end_token=False),
-    # RLinf's RoboTwin checkpoints: absolute joints of two arms, head camera. Grippers are scaled like joints
-    "robotwin_rlinf": dict(
-        interface=ROBOTWIN, horizon=25, execute=25, images="robotwin", bounds="minmax", binary_gripper=False, max_prompt=512
+_ROBOTWIN_ENTRIES = dict(horizon=25, execute=25, images="robotwin", bounds="minmax", binary_gripper=False, max_prompt=512)
+
+# What a published folder leaves open, per way of training: (what it is, entries of the config). from_pretrained's options override any entry.
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "libero_l1": (
+        "moojink's LIBERO checkpoints: two cameras, state, regression head",
+        dict(interface=LIBERO_TWO_CAMERAS, head="l1", proprio=True, images="moojink"),
     ),
-    # the same with the joint state as a token
-    "robotwin_rlinf_state": dict(
-        interface=ROBOTWIN_STATE, horizon=25, execute=25, images="robotwin", bounds="minmax", binary_gripper=False, max_prompt=512, proprio=True
+    "libero_tokens": (
+        "LIBERO with discrete actions and one camera by moojink's script, evaluated as it does (JPEG, Lanczos, centre crop, </s>)",
+        dict(interface=LIBERO, whole_vocabulary=True, images="moojink"),
     ),
-    # RLinf's ManiSkill (WidowX on the Bridge table) checkpoints
-    "bridge_rlinf": dict(interface=BRIDGE, end_token=False, temperature=1.0),
-}  # fmt: skip
+    "libero_rlinf": ("RLinf's LIBERO checkpoints: discrete actions, one camera, no crop, no </s>", dict(interface=LIBERO, end_token=False)),
+    "robotwin_rlinf": (
+        "RLinf's RoboTwin checkpoints: discrete actions, absolute joints of two arms, head camera",
+        dict(interface=ROBOTWIN, **_ROBOTWIN_ENTRIES),
+    ),
+    "robotwin_rlinf_state": ("the same with the joint state as a token", dict(interface=ROBOTWIN_STATE, proprio=True, **_ROBOTWIN_ENTRIES)),
+    "bridge_rlinf": (
+        "RLinf's ManiSkill checkpoints: discrete actions of a WidowX arm on the Bridge table",
+        dict(interface=BRIDGE, end_token=False, temperature=1.0),
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------ pixels
@@ -298,6 +312,7 @@ class ValueHead(nn.Module):
 
 class OpenVLAOFT(Policy):
     family, Config = "openvla_oft", OpenVLAOFTConfig
+    fresh = ("value_head.*", "*.lora_down", "*.lora_up")
 
     def __init__(self, config: OpenVLAOFTConfig, tokenizer: Any = None):
         super().__init__()
@@ -312,11 +327,81 @@ class OpenVLAOFT(Policy):
         self.language_model = Llama(config.llama)
         self.proprio_projector = ProprioProjector(config.interface.state_dim, dim) if config.proprio else None
         self.action_head = L1Head(dim, self.action_dim) if config.head == "l1" else None
-        self.value_head = ValueHead(dim, 1 if config.value_level == "chunk" else self.horizon) if config.value_head else None
+        with torch.device("cpu"):  # `fresh` parts get values even where the rest is built without (the meta device), since a checkpoint may lack them
+            outputs = 1 if config.value_level == "chunk" else self.horizon
+            self.value_head = ValueHead(dim, outputs) if config.value_head else None
+            if config.lora_rank:
+                self.requires_grad_(False)
+                for part in (self.vision_backbone, self.projector, self.language_model):
+                    lora.add(part, config.lora_rank, config.lora_alpha)
+                for part in (self.proprio_projector, self.action_head, self.value_head):
+                    if part is not None:
+                        part.requires_grad_(True)
+        if config.freeze_vision:
+            self.vision_backbone.requires_grad_(False)
+        for part in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer, self.language_model.model):
+            part.gradient_checkpointing = config.gradient_checkpointing
+
+    # -------------------------------------------------------------------------------------------- making and loading
 
     @classmethod
     def from_config(cls, config: OpenVLAOFTConfig, folder: Path | None = None) -> Self:
         return cls(config, read_tokenizer(folder) if folder is not None else None)
+
+    @classmethod
+    def tiny(cls, interface: Interface, **overrides: Any) -> Self:
+        """The same model at about two million parameters, with fresh weights and a small tokenizer, for any interface.
+
+        Without `statistics`, actions are scaled by the interface's bounds, states by theirs (where they have none: by pi, which holds joints and metres).
+        """
+        if "statistics" not in overrides:
+            overrides["statistics"] = _bounds_of_fields({"action": interface.action, "proprio": interface.state})
+        config = OpenVLAOFTConfig(**{**TINY, "interface": interface, "proprio": bool(interface.state), **overrides})
+        policy = cls(config, tiny_tokenizer(config.vocab_size))
+        for name, parameter in policy.named_parameters():
+            if name.endswith("scale_factor"):  # the published start, 1e-5, needs a long pre-training to be heard
+                nn.init.ones_(parameter)
+            elif name.endswith(("embed_tokens.weight", "cls_token", "reg_token")):
+                nn.init.normal_(parameter, std=0.02)
+        return policy.eval()
+
+    @classmethod
+    def from_published(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        recipe: str | None = None,
+        base: str | Path | None = None,
+        unnorm_key: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a published folder, unedited, in bfloat16 unless `dtype` says otherwise.
+
+        Args:
+            recipe: how it was trained (see RECIPES); known ids bring it along.
+            base: for a folder that holds only an adapter: the model that it was trained on, if adapter_config.json does not lead there.
+            unnorm_key: the data set whose statistics scale the actions; only needed where dataset_statistics.json has several.
+            options: entries of OpenVLAOFTConfig that override the recipe's.
+        """
+        config, weights = read_published(folder, recipe, base, unnorm_key, options)
+        tokenizer = read_tokenizer(folder if (folder / "tokenizer.json").exists() else weights.root)
+        with torch.device("meta"):
+            policy = cls(config, tokenizer)
+        policy.cast(dtype or torch.bfloat16)
+        hub.load_tensors(policy, weights, may_miss=cls.fresh, may_ignore=unused(config), device=device, source=str(folder))
+        return policy.to(device)  # what the checkpoint lacked
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Weights to `dtype`; adapters stay float32, where an optimizer's small steps survive."""
+        for name, parameter in self.named_parameters():
+            if not name.endswith((".lora_down", ".lora_up")):
+                parameter.data = parameter.data.to(dtype)
+        return self
+
+    def side_files(self) -> dict[str, bytes]:
+        return {} if self.tokenizer is None else {"tokenizer.json": self.tokenizer.to_str().encode()}
 
     # -------------------------------------------------------------------------------------------- forward
 
@@ -368,8 +453,12 @@ class OpenVLAOFT(Policy):
 
     def bin_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T * D (+ 1), dim] -> float32 [B, T, D, 256] over the bins alone."""
-        first = self.config.vocab_size - BINS
-        logits = F.linear(hidden[:, : self.slots], self.language_model.lm_head.weight[first : first + BINS])
+        rows = slice(self.config.vocab_size - BINS, self.config.vocab_size)
+        head = self.language_model.lm_head
+        if type(head) is nn.Linear:  # the other 31808 rows are not needed
+            logits = F.linear(hidden[:, : self.slots], head.weight[rows])
+        else:  # with an adapter
+            logits = head(hidden[:, : self.slots])[..., rows]
         return logits.float().unflatten(1, (self.horizon, self.action_dim))
 
     # -------------------------------------------------------------------------------------------- the contract
@@ -518,16 +607,43 @@ class OpenVLAOFT(Policy):
         return columns
 
 
+# ------------------------------------------------------------------------------------------------ tiny policies
+
+TINY: dict[str, Any] = dict(
+    dino=VitConfig(dim=80, depth=3, heads=4, mlp_dim=320, prefix_tokens=5, layer_scale=True),
+    siglip=VitConfig(dim=80, depth=3, heads=4, mlp_dim=320),
+    llama=LlamaConfig(vocab_size=704, hidden_size=144, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4),
+    vocab_size=640, image_size=64, patch=8, binary_gripper=False, temperature=1.0, max_prompt=96,
+)  # fmt: skip
+
+# What a small tokenizer learns its pieces from; any other text falls back to bytes.
+WORDS = """pick up the red green blue yellow black white bowl plate cup mug can bottle box block cube bell button drawer cabinet stove basket pot pan book
+ put place it on in into onto next to left right front back of top bottom middle and both from with between open close turn push pull press lift move stack
+ click hand over shake hang rotate grab take go target point object arm gripper table tray alarm clock cream cheese butter soup sauce milk wine moka microwave"""
+
+
+def tiny_tokenizer(vocab_size: int) -> Any:
+    """A tokenizer of Llama's kind (spaces are ▁, unknown characters bytes, ids 0, 1, 2 = <unk>, <s>, </s>) that leaves the last 256 ids to actions."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    sentences = [prompt(" ".join(WORDS.split()[i : i + 3])) for i in range(len(WORDS.split()))]
+    pieces = [sentence.replace(" ", "▁").replace("\n", "") for sentence in sentences]
+    reserved = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    learner = Tokenizer(models.BPE())
+    learner.train_from_iterator(
+        [part for piece in pieces for part in re.findall(r"▁?[^▁]+|▁", piece)],
+        trainers.BpeTrainer(vocab_size=vocab_size - BINS - len(reserved), show_progress=False),
+    )
+    learned = json.loads(learner.to_str())["model"]
+    vocab = {piece: i for i, piece in enumerate([*reserved, *sorted(learned["vocab"], key=learned["vocab"].get)])}
+    if len(vocab) > vocab_size - BINS:
+        raise ValueError(f"vocab_size {vocab_size} leaves no room for {len(vocab)} pieces and {BINS} actions")
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in learned["merges"]], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
 # ------------------------------------------------------------------------------------------------ published files
-
-
-def read_tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        raise hub.CheckpointError(f"{folder} has no tokenizer.json; download the whole repository again")
-    return Tokenizer.from_file(str(file))
 
 
 def unused(config: OpenVLAOFTConfig) -> list[str]:
@@ -536,32 +652,33 @@ def unused(config: OpenVLAOFTConfig) -> list[str]:
     return [f"vision_backbone.{name}.{pattern}" for name, vit in towers.items() for pattern in unused_keys(vit)]
 
 
-def without_film_wrapping(name: str) -> str:
-    """FiLM wraps the vision backbone and each block of it once more: the same tensor without the wrappers' names."""
-    return name.replace("vision_backbone.vision_backbone.", "vision_backbone.").replace(".block.", ".")
-
-
-def component_key(component: str, name: str) -> str:
-    """Heads are saved alone, through DistributedDataParallel: `module.fc1.weight` -> `proprio_projector.fc1.weight`."""
-    name = name.removeprefix("module.")
-    return name if name.startswith(f"{component}.") else f"{component}.{name}"
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def split_adapter(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Pair], dict[str, torch.Tensor]]:
-    """A peft file -> ({weight: (A, B)}, {weight: the whole tensor that replaces it}), under the model's own names."""
-    pairs, whole = {}, {}
-    for name in tensors:
-        target = name.removeprefix("base_model.model.").replace(".default.", ".").replace(".base_layer.", ".")
-        if ".lora_A." in target:
-            pairs[target.replace(".lora_A", "")] = (tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")])
-        elif ".lora_B." not in target:
-            whole[target] = tensors[name]
-    return pairs, whole
-
-
-def lora_delta(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """B A in float32; for a convolution (A [r, 3, 14, 14], B [dim, r, 1, 1]) the product has the kernel's shape."""
-    return (b.float().flatten(1) @ a.float().flatten(1)).view(b.shape[0], *a.shape[1:])
+def read_published(
+    folder: Path, recipe: str | None, base: str | Path | None, unnorm_key: str | None, options: dict[str, Any]
+) -> tuple[OpenVLAOFTConfig, Published]:
+    """The config of a published folder: what its files say, what its recipe says, and what the caller overrides."""
+    weights = Published(folder, base)
+    has = {name: file is not None for name, file in weights.components.items()}
+    has["proprio_projector"] |= "proprio_projector.fc1.weight" in weights
+    if recipe is None and has["action_head"] and has["proprio_projector"]:
+        recipe = "libero_l1"  # the only way in which regression checkpoints with a state were published; other sizes fail below
+    if recipe == "robotwin_rlinf" and has["proprio_projector"]:
+        recipe = "robotwin_rlinf_state"
+    if recipe not in RECIPES:
+        known = "".join(f"\n  - {name}: {what}" for name, (what, _) in RECIPES.items())
+        asked = f"there is no recipe {recipe!r}" if recipe else f"the files of {folder} do not say how it was trained"
+        raise hub.CheckpointError(f"{asked}; give recipe=... to from_pretrained. Recipes:{known}")
+    if "statistics" not in options:
+        source = folder if (folder / "dataset_statistics.json").exists() else weights.root
+        options = {**options, **dict(zip(("unnorm_key", "statistics"), choose_statistics(source, unnorm_key), strict=True))}
+    config = {"film": has["vision_backbone"], **RECIPES[recipe][1], **options}
+    for name, wanted in (("action_head", config.get("head") == "l1"), ("proprio_projector", config.get("proprio", False))):
+        if has[name] != wanted:
+            files = f"{name}--*_checkpoint.pt"
+            what = f"brings {files}, which recipe {recipe!r} does not use" if has[name] else f"lacks {files}, which recipe {recipe!r} needs"
+            raise hub.CheckpointError(f"{folder} {what}; choose another recipe of {', '.join(RECIPES)}")
+    for name in (name for name in weights if name == "value_head.mlp.4.weight"):  # a checkpoint that RL saved with its critic
+        config |= {"value_head": True, "value_level": "chunk" if weights.shape(name)[0] == 1 else "action"}
+    unknown = config.keys() - {entry.name for entry in dataclasses.fields(OpenVLAOFTConfig)}
+    if unknown:
+        raise TypeError(f"OpenVLAOFTConfig has no entry {sorted(unknown)[0]!r}; {suggest(sorted(unknown)[0], OpenVLAOFTConfig.__dataclass_fields__)}")
+    return OpenVLAOFTConfig(**config), weights

@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,8 +32,9 @@ from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
 from vlahub_policies.parts import lora, resize, robots
+from vlahub_policies.parts.capture import Captured
 from vlahub_policies.parts.jpeg import jpeg_round_trip
-from vlahub_policies.parts.llama import Llama, LlamaConfig
+from vlahub_policies.parts.llama import Llama, LlamaConfig, call
 from vlahub_policies.parts.openvla_files import Published, choose_statistics, read_tokenizer
 from vlahub_policies.parts.randomness import fresh_seeds, uniform
 from vlahub_policies.parts.vit import DINOV2_LARGE, SIGLIP_SO400M, VisionTransformer, VitConfig, unused_keys
@@ -69,6 +71,7 @@ class OpenVLAOFTConfig:
     lora_alpha: float = 32.0
     freeze_vision: bool = False
     gradient_checkpointing: bool = False
+    acceleration: Literal["off", "graph", "compile"] = "graph"  # inference on a GPU: CUDA graphs, or also compiled layers (a minute at the first call)
     max_prompt: int = 128  # tokens; a longer instruction is an error
     vocab_size: int = 32000  # of the tokenizer without <PAD>, whose id is this number; the bins are the last 256 ids below it
     image_size: int = 224
@@ -170,13 +173,19 @@ def prepare_images(images: torch.Tensor, how: str, size: int) -> torch.Tensor:
 def pixel_values(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, V, size, size, 3] -> float32 [B, V * 6, size, size]: per view three channels for DINOv2, then three for SigLIP."""
     x = images.permute(0, 1, 4, 2, 3).float() / 255
-    mean, std = (torch.tensor(entry, device=x.device).view(3, 1, 1) for entry in (DINO_MEAN, DINO_STD))
+    mean, std = _dino_constants(x.device)
     return torch.stack([(x - mean) / std, (x - 0.5) / 0.5], dim=2).flatten(1, 3)
+
+
+@cache
+def _dino_constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.tensor(entry, device=device).view(3, 1, 1) for entry in (DINO_MEAN, DINO_STD))
 
 
 # ------------------------------------------------------------------------------------------------ actions <-> bins
 
 
+@cache
 def bin_edges(device: torch.device | str = "cpu") -> torch.Tensor:
     # 256 edges, so only 255 centres. NumPy's, not torch's: they differ in the last bit, which decides about actions that lie on an edge
     return torch.from_numpy(np.linspace(-1, 1, BINS)).to(device)
@@ -227,13 +236,22 @@ class VisionBackbone(nn.Module):
         self.featurizer = VisionTransformer(config.dino, config.image_size, config.patch, film_dim)
         self.fused_featurizer = VisionTransformer(config.siglip, config.image_size, config.patch, film_dim)
 
-    def forward(self, pixels: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, language: torch.Tensor | None = None, through: Callable = call) -> torch.Tensor:
         """[B, 6 V, size, size] -> [B, V * patches, dino + siglip]. `language` [B, dim]: the mean prompt embedding, with FiLM."""
         batch = len(pixels)
         pixels = pixels.unflatten(1, (-1, 6)).flatten(0, 1)  # [B * V, 6, size, size]
         if language is not None:
             language = language.repeat_interleave(len(pixels) // batch, dim=0)
-        features = torch.cat([self.featurizer(pixels[:, :3], language), self.fused_featurizer(pixels[:, 3:], language)], dim=-1)
+        if pixels.is_cuda and torch.cuda.is_current_stream_capturing():  # in a CUDA graph side by side: alone, neither tower fills the GPU at small batches
+            here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(here)
+            with torch.cuda.stream(beside):
+                siglip = self.fused_featurizer(pixels[:, 3:], language, through)
+            dino = self.featurizer(pixels[:, :3], language, through)
+            here.wait_stream(beside)
+        else:
+            dino, siglip = self.featurizer(pixels[:, :3], language, through), self.fused_featurizer(pixels[:, 3:], language, through)
+        features = torch.cat([dino, siglip], dim=-1)
         return features.unflatten(0, (batch, -1)).flatten(1, 2)
 
 
@@ -321,6 +339,8 @@ class OpenVLAOFT(Policy):
         self.action_dim = config.interface.action_dim
         self.slots = self.horizon * self.action_dim  # action positions in the sequence
         self._prompts: dict[str, list[int]] = {}
+        self._scales: tuple[Any, dict] = (None, {})
+        self._graphs: tuple[tuple[int, ...], dict[Any, Captured]] | None = None
         dim = config.llama.hidden_size
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(config.dino.dim + config.siglip.dim, dim)
@@ -405,7 +425,9 @@ class OpenVLAOFT(Policy):
 
     # -------------------------------------------------------------------------------------------- forward
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, state: torch.Tensor | None = None, padded: bool = True) -> torch.Tensor:
+    def forward(
+        self, pixels: torch.Tensor, ids: torch.Tensor, state: torch.Tensor | None = None, padded: bool = True, through: Callable = call
+    ) -> torch.Tensor:
         """Hidden states [B, T * D + 1, dim] after the final norm, from the last prompt token to the last action position.
 
         The first T * D of them predict the action numbers; the last one predicts </s> in training.
@@ -415,6 +437,7 @@ class OpenVLAOFT(Policy):
             ids: [B, L] prompts as `left_padded` gives them.
             state: [B, D_state], normalised; only with config.proprio.
             padded: False promises that no row of `ids` is padded; attention without a mask is faster.
+            through: runs one layer; `call`, or a compiled form of it.
         """
         dtype = self.projector.fc1.weight.dtype
         words = self.language_model.model.embed_tokens(ids)
@@ -423,11 +446,11 @@ class OpenVLAOFT(Policy):
         if self.config.film:  # the mean over the prompt as it was trained: with BOS and </s>, without padding
             real = (ids != self.config.vocab_size)[..., None]
             language = ((words * real).sum(1) + end.sum(1)) / (real.sum(1) + end.shape[1])
-        x = [words[:, :1], self.projector(self.vision_backbone(pixels.to(dtype), language))]
+        x = [words[:, :1], self.projector(self.vision_backbone(pixels.to(dtype), language, through))]
         if self.proprio_projector is not None:
             x.append(self.proprio_projector(state.to(dtype))[:, None])
         x = torch.cat([*x, words[:, 1:], words.new_zeros(len(ids), self.slots, words.shape[-1]), end], dim=1)
-        x = self.language_model.model(x, *self.layout(ids, x.shape[1], padded))
+        x = self.language_model.model(x, *self.layout(ids, x.shape[1], padded), through)
         first = x.shape[1] - end.shape[1] - self.slots - 1
         return self.language_model.model.norm(x[:, first : first + self.slots + 1])
 
@@ -441,15 +464,39 @@ class OpenVLAOFT(Policy):
         keep = torch.cat([real[:, :1], real.new_ones(len(ids), patches), real[:, 1:], real.new_ones(len(ids), tail)], dim=1)
         return keep.cumsum(1) - 1, keep
 
-    def trimmed(self, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Prompts without the padding that all rows share, and whether any is left."""
+    def trimmed(self, ids: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, bool]:
+        """Prompts without the padding that all rows share (up to a multiple of tokens), and whether any is left."""
         lengths = (ids != self.config.vocab_size).sum(1)
         shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
-        return torch.cat([ids[:, :1], ids[:, ids.shape[1] - longest + 1 :]], dim=1), shortest < longest
+        kept = min(-(-longest // multiple) * multiple, ids.shape[1])
+        return torch.cat([ids[:, :1], ids[:, ids.shape[1] - kept + 1 :]], dim=1), shortest < kept
 
     def hidden(self, inputs: Trace) -> torch.Tensor:
-        ids, padded = self.trimmed(inputs["ids"])
-        return self(pixel_values(inputs["images"]), ids, inputs.get("states"), padded)
+        """The hidden states of prepared inputs: see `forward`."""
+        captured = self._captured()
+        # a graph per shape: prompts of many lengths share a few
+        ids, padded = self.trimmed(inputs["ids"], multiple=8 if captured else 1)
+        given = {"ids": ids, **{name: inputs[name] for name in ("images", "states") if name in inputs}}
+        if captured:
+            return captured[padded](given)["hidden"]
+        return self._network(given, padded)["hidden"]
+
+    def _network(self, given: Trace, padded: bool, through: Callable = call) -> Trace:
+        return {"hidden": self(pixel_values(given["images"]), given["ids"], given.get("states"), padded, through)}
+
+    def _captured(self) -> dict[Any, Captured]:
+        """The network with and without padding, and the image preparation, as CUDA graphs; empty where they do not apply."""
+        head = self.language_model.lm_head.weight
+        if self.config.acceleration == "off" or self.device.type != "cuda" or torch.is_grad_enabled() or hasattr(head, "to_local"):  # sharded weights move
+            return {}
+        # a graph reads the addresses that it was captured with; these weights move whenever all do (a cast, a load, merged adapters)
+        addresses = (head.data_ptr(), self.language_model.model.layers[0].self_attn.q_proj.weight.data_ptr())
+        if self._graphs is None or self._graphs[0] != addresses:
+            through = torch.compile(call, dynamic=False) if self.config.acceleration == "compile" else call
+            graphs = {padded: Captured(partial(self._network, padded=padded, through=through)) for padded in (False, True)}
+            graphs["images"] = Captured(lambda given: {"images": prepare_images(given["images"], self.config.images, self.config.image_size)})
+            self._graphs = (addresses, graphs)
+        return self._graphs[1]
 
     def bin_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T * D (+ 1), dim] -> float32 [B, T, D, 256] over the bins alone."""
@@ -478,12 +525,15 @@ class OpenVLAOFT(Policy):
             pictures.append(stack[:, : len(cameras)])
         if len({stack.shape[2:] for stack in pictures}) == 1:  # one size: one pass over all views
             pictures = [torch.cat(pictures, dim=1)]
-        size = self.config.image_size
-        pictures = [prepare_images(stack.flatten(0, 1), self.config.images, size).view(*stack.shape[:2], size, size, 3) for stack in pictures]
+        pictures = [self._prepare_images(stack.flatten(0, 1)).unflatten(0, stack.shape[:2]) for stack in pictures]
         inputs = {"images": torch.cat(pictures, dim=1), "ids": self.tokenise(observation["task_descriptions"])}
         if self.config.proprio:
             inputs["states"] = self.normalised(to_torch({"states": observation["states"]}, self.device)["states"], "proprio").float()
         return inputs
+
+    def _prepare_images(self, images: torch.Tensor) -> torch.Tensor:
+        captured = self._captured()
+        return captured["images"]({"images": images})["images"] if captured else prepare_images(images, self.config.images, self.config.image_size)
 
     def tokenise(self, tasks: list[str]) -> torch.Tensor:
         if self.tokenizer is None:
@@ -564,10 +614,29 @@ class OpenVLAOFT(Policy):
 
     def _bounds(self, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(low, high, which numbers are scaled) float64."""
-        low, high = bounds_of(self.config.statistics, side, self.config.bounds)
-        mask = self.config.statistics[side].get("mask") or [True] * len(low)
-        low, high = (torch.tensor(entry, dtype=torch.float64, device=device) for entry in (low, high))
-        return low, high, torch.tensor(mask, device=device)
+        if self._scales[0] is not self.config:
+            self._scales = (self.config, {})
+        kept = self._scales[1]
+        if (side, device) not in kept:
+            low, high = bounds_of(self.config.statistics, side, self.config.bounds)
+            mask = self.config.statistics[side].get("mask") or [True] * len(low)
+            low, high = (torch.tensor(entry, dtype=torch.float64, device=device) for entry in (low, high))
+            kept[side, device] = (low, high, torch.tensor(mask, device=device))
+        return kept[side, device]
+
+    def set_statistics(self, statistics: Mapping[str, Any], name: str = "") -> None:
+        """Scale actions and states by another data set, before fine-tuning on it.
+
+        Args:
+            statistics: {"action", "proprio"} as in dataset_statistics.json, or {"actions", "states"} as `vlahub.dataset` gives them (in env units).
+            name: what to call the data set.
+        """
+        if "actions" in statistics:
+            action = dict(statistics["actions"])
+            binary = {column for column, _ in self._binary_grippers()}  # trained on 0 and 1, whatever the env's units
+            action["mask"] = [column not in binary for column in range(self.action_dim)]
+            statistics = {"action": action, "proprio": statistics["states"]}
+        self.config = dataclasses.replace(self.config, statistics=dict(statistics), unnorm_key=name)
 
     def normalised(self, x: torch.Tensor, side: str) -> torch.Tensor:
         """Data in its own units -> [-1, 1], float64. A number that never changed becomes 0; numbers outside the mask stay as they are."""

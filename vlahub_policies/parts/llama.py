@@ -6,7 +6,9 @@ most of the success rate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,10 @@ class LlamaConfig:
     num_attention_heads: int = 32
     rms_norm_eps: float = 1e-6  # not Llama-2's own 1e-5: OpenVLA's config leaves it out and trains with the library's default
     rope_theta: float = 10000.0
+
+
+def call(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+    return layer(*inputs)
 
 
 class RMSNorm(nn.Module):
@@ -86,15 +92,18 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """`positions` [B, S] (or [1, S]); `keep` [B, S] bool hides padding keys, None where there are none (attention without a mask is faster)."""
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None, through: Callable = call) -> torch.Tensor:
+        """`positions` [B, S] (or [1, S]); `keep` [B, S] bool hides padding keys, None where there are none (attention without a mask is faster).
+
+        `through(layer, ...)` runs one layer; a compiled form of `call`, if one likes.
+        """
         rope = tuple(table.to(x.dtype) for table in self.rope(positions))
         mask = None if keep is None else keep[:, None, None, :]  # the same for every query: nothing is causal
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, mask, use_reentrant=False)
             else:
-                x = layer(x, rope, mask)
+                x = through(layer, x, rope, mask)
         return x
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

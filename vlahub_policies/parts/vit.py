@@ -6,12 +6,15 @@ the published checkpoints but reach no output; they are not built (`unused_keys`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from vlahub_policies.parts.llama import call
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, film_dim) for _ in range(config.depth - 1))
         self.gradient_checkpointing = False
 
-    def forward(self, image: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, language: torch.Tensor | None = None, through: Callable = call) -> torch.Tensor:
         x = self.patch_embed(image) + self.pos_embed
         if self.config.prefix_tokens:  # class token and registers come after the positions are added: they have none
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], dim=1)
@@ -121,7 +124,7 @@ class VisionTransformer(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, language, use_reentrant=False)
             else:
-                x = block(x, language)
+                x = through(block, x, language)
         return x[:, self.config.prefix_tokens :]
 
 

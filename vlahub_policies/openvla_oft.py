@@ -450,9 +450,8 @@ class OpenVLAOFT(Policy):
         if self.proprio_projector is not None:
             x.append(self.proprio_projector(state.to(dtype))[:, None])
         x = torch.cat([*x, words[:, 1:], words.new_zeros(len(ids), self.slots, words.shape[-1]), end], dim=1)
-        x = self.language_model.model(x, *self.layout(ids, x.shape[1], padded), through)
         first = x.shape[1] - end.shape[1] - self.slots - 1
-        return self.language_model.model.norm(x[:, first : first + self.slots + 1])
+        return self.language_model.model(x, *self.layout(ids, x.shape[1], padded), slice(first, first + self.slots + 1), through)
 
     def layout(self, ids: torch.Tensor, length: int, padded: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(position numbers [B, S], which skip padding; which positions of the sequence are real [B, S] bool, None if all are)."""

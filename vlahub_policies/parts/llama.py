@@ -27,6 +27,9 @@ class LlamaConfig:
     rope_theta: float = 10000.0
 
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [B, 1, S, head_dim]
+
+
 def call(layer: nn.Module, *inputs: Any) -> torch.Tensor:
     return layer(*inputs)
 
@@ -50,11 +53,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        batch, length, dim = x.shape
-        q, k, v = (proj(x).view(batch, length, self.heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, heads, S, head_dim]
-        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
-        return self.o_proj(x.transpose(1, 2).reshape(batch, length, dim))
+    def forward(self, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, read: slice) -> torch.Tensor:
+        """Attention of the positions `read` to all of `x` [B, S, dim]."""
+        cos, sin = rope  # [B, 1, S, head_dim]
+        q, k, v = (proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, y in ((self.q_proj, x[:, read]), (self.k_proj, x), (self.v_proj, x)))
+        x = F.scaled_dot_product_attention(rotate(q, cos[:, :, read], sin[:, :, read]), rotate(k, cos, sin), v, attn_mask=mask)  # [B, heads, read, head_dim]
+        return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -76,13 +80,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+    def forward(self, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, read: slice) -> torch.Tensor:
+        x = x[:, read] + self.self_attn(self.input_layernorm(x), rope, mask, read)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """Embeddings [B, S, dim] -> hidden states [B, S, dim], before the final norm (`self.norm`), which callers apply to the positions that they read."""
+    """Embeddings [B, S, dim] -> hidden states of the positions that are read, after the final norm."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -92,21 +96,25 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None, through: Callable = call) -> torch.Tensor:
-        """`positions` [B, S] (or [1, S]); `keep` [B, S] bool hides padding keys, None where there are none (attention without a mask is faster).
-
-        `through(layer, ...)` runs one layer; a compiled form of `call`, if one likes.
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None, read: slice, through: Callable = call) -> torch.Tensor:
+        """
+        Args:
+            positions: [B, S] or [1, S].
+            keep: [B, S] bool hides padding keys; None where there are none (attention without a mask is faster).
+            read: the positions that are wanted; the last layer computes no others.
+            through: runs one layer; `call`, or a compiled form of it.
         """
         rope = tuple(table.to(x.dtype) for table in self.rope(positions))
         mask = None if keep is None else keep[:, None, None, :]  # the same for every query: nothing is causal
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            wanted = read if number == len(self.layers) - 1 else slice(None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                x = checkpoint(layer, x, rope, mask, wanted, use_reentrant=False)
             else:
-                x = through(layer, x, rope, mask)
-        return x
+                x = through(layer, x, rope, mask, wanted)
+        return self.norm(x)
 
-    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, positions: torch.Tensor) -> Rope:
         """cos and sin [B, 1, S, head_dim], float32."""
         dim = self.config.hidden_size // self.config.num_attention_heads
         frequencies = self.config.rope_theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)

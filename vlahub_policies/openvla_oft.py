@@ -337,6 +337,7 @@ class OpenVLAOFT(Policy):
         self.config, self.tokenizer = config, tokenizer
         self.interface, self.horizon, self.execute = config.interface, config.horizon, config.execute
         self.action_dim = config.interface.action_dim
+        self.views = len(config.interface.cameras)
         self.slots = self.horizon * self.action_dim  # action positions in the sequence
         self._prompts: dict[str, list[int]] = {}
         self._scales: tuple[Any, dict] = (None, {})

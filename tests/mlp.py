@@ -29,7 +29,11 @@ class MlpConfig:
 
 
 class MlpPolicy(Policy):
-    family, Config = "test-mlp", MlpConfig
+    Config, head = MlpConfig, "gaussian"
+
+    @property
+    def family(self) -> str:
+        return f"test-mlp-{self.config.head}"
 
     def __init__(self, config: MlpConfig):
         super().__init__()
@@ -46,7 +50,8 @@ class MlpPolicy(Policy):
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
-        return cls(MlpConfig(_wants(interface), **overrides))
+        overrides.pop("value_head", None)  # it always has one
+        return cls(MlpConfig(_wants(interface), **{"head": cls.head, **overrides}))
 
     @classmethod
     def from_config(cls, config: MlpConfig, folder: Path | None = None) -> Self:
@@ -126,6 +131,18 @@ class MlpPolicy(Policy):
         time = flow.sample_time(seeds, self.device)
         x, velocity = flow.interpolate(actions, normal(seeds, actions.shape[1:], flow.TRAINING_NOISE, self.device), time)
         return (self._denoiser(inputs)(x, time).velocity - velocity).pow(2).mean()
+
+
+class GaussianMlp(MlpPolicy):
+    pass
+
+
+class CategoricalMlp(MlpPolicy):
+    head = "categorical"
+
+
+class FlowMlp(MlpPolicy):
+    head = "flow"
 
 
 def _wants(interface: Interface) -> Interface:

@@ -196,15 +196,18 @@ class Policy(nn.Module):
         """Files beside config and weights that from_config needs: the tokenizer, mostly."""
         return {}
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None, shard: str = "5GB") -> Path:
-        """Write config.json, model.safetensors (in shards where larger than `shard`), side files and README.md; `from_pretrained` reads them back."""
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, shard: str = "5GB", tensors: Mapping[str, torch.Tensor] | None = None) -> Path:
+        """Write config.json, model.safetensors (in shards where larger than `shard`), side files and README.md; `from_pretrained` reads them back.
+
+        `tensors` stands in for the state dict where the parameters themselves are sharded over ranks (`vlahub.checkpoint` gathers them)."""
         from huggingface_hub import save_torch_state_dict
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # parameters that are views of one block look like duplicates to the writer
         state = {
-            name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous() for name, tensor in self.state_dict().items()
+            name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
+            for name, tensor in (self.state_dict() if tensors is None else tensors).items()
         }
         save_torch_state_dict(state, folder, max_shard_size=shard)
         for name, data in self.side_files().items():

@@ -31,11 +31,11 @@ from vlahub.catalog import suggest
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
+from vlahub_policies.openvla_oft_folders import Published, choose_statistics, read_tokenizer
 from vlahub_policies.parts import lora, resize, robots
 from vlahub_policies.parts.capture import Captured
 from vlahub_policies.parts.jpeg import jpeg_round_trip
 from vlahub_policies.parts.llama import Llama, LlamaConfig, call
-from vlahub_policies.parts.openvla_files import Published, choose_statistics, read_tokenizer
 from vlahub_policies.parts.randomness import fresh_seeds, uniform
 from vlahub_policies.parts.vit import DINOV2_LARGE, SIGLIP_SO400M, VisionTransformer, VitConfig, unused_keys
 
@@ -328,6 +328,17 @@ class ValueHead(nn.Module):
         return self.mlp(hidden)
 
 
+@cache
+def _compiler() -> Callable:
+    return torch.compile(call, dynamic=False)
+
+
+def _compiled(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+    # four kinds of layer for each shape; the default limit of 8 forms would fall back to eager in silence at the third shape
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        return _compiler()(layer, *inputs)
+
+
 class OpenVLAOFT(Policy):
     family, Config = "openvla_oft", OpenVLAOFTConfig
     fresh = ("value_head.*", "*.lora_down", "*.lora_up")
@@ -465,16 +476,16 @@ class OpenVLAOFT(Policy):
         return keep.cumsum(1) - 1, keep
 
     def trimmed(self, ids: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, bool]:
-        """Prompts without the padding that all rows share (up to a multiple of tokens), and whether any is left."""
+        """Prompts without the padding that all rows share (prompts of different lengths: up to a multiple of tokens), and whether any is left."""
         lengths = (ids != self.config.vocab_size).sum(1)
         shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
-        kept = min(-(-longest // multiple) * multiple, ids.shape[1])
+        kept = longest if shortest == longest else min(-(-longest // multiple) * multiple, ids.shape[1])
         return torch.cat([ids[:, :1], ids[:, ids.shape[1] - kept + 1 :]], dim=1), shortest < kept
 
     def hidden(self, inputs: Trace) -> torch.Tensor:
         """The hidden states of prepared inputs: see `forward`."""
         captured = self._captured()
-        # a graph per shape: prompts of many lengths share a few
+        # a graph per shape: batches of mixed prompts share a few
         ids, padded = self.trimmed(inputs["ids"], multiple=8 if captured else 1)
         given = {"ids": ids, **{name: inputs[name] for name in ("images", "states") if name in inputs}}
         if captured:
@@ -492,7 +503,7 @@ class OpenVLAOFT(Policy):
         # a graph reads the addresses that it was captured with; these weights move whenever all do (a cast, a load, merged adapters)
         addresses = (head.data_ptr(), self.language_model.model.layers[0].self_attn.q_proj.weight.data_ptr())
         if self._graphs is None or self._graphs[0] != addresses:
-            through = torch.compile(call, dynamic=False) if self.config.acceleration == "compile" else call
+            through = _compiled if self.config.acceleration == "compile" else call
             graphs = {padded: Captured(partial(self._network, padded=padded, through=through)) for padded in (False, True)}
             graphs["images"] = Captured(lambda given: {"images": prepare_images(given["images"], self.config.images, self.config.image_size)})
             self._graphs = (addresses, graphs)

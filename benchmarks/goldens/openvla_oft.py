@@ -13,7 +13,8 @@ from benchmarks.parity import Check, Golden, filled_state
 from vlahub import hub
 from vlahub.interface import Camera, Field, Interface
 from vlahub_policies import openvla_oft as oft
-from vlahub_policies.parts import openvla_files, resize
+from vlahub_policies import openvla_oft_folders as folders
+from vlahub_policies.parts import resize
 from vlahub_policies.parts.jpeg import jpeg_round_trip
 from vlahub_policies.parts.llama import LlamaConfig
 from vlahub_policies.parts.vit import VitConfig
@@ -259,7 +260,7 @@ def film(golden: Golden) -> Iterator[Check]:
     state = filled_state(golden.meta["state_dict"], golden.meta["seed"])
     with torch.device("meta"):
         backbone = oft.VisionBackbone(config)
-    weights = {openvla_files.without_film_wrapping(name): tensor for name, tensor in state.items()}
+    weights = {folders.without_film_wrapping(name): tensor for name, tensor in state.items()}
     ignore = [pattern.removeprefix("vision_backbone.") for pattern in oft.unused(config)]
     hub.load_tensors(backbone, {name.removeprefix("vision_backbone."): tensor for name, tensor in weights.items()}, may_ignore=ignore)
     yield from check(golden, "vision_features", backbone(golden.tensors["in.pixel_values"], golden.tensors["in.language_embeddings"].mean(1)))
@@ -310,7 +311,7 @@ def bare(config: oft.OpenVLAOFTConfig) -> oft.OpenVLAOFT:
 def prompts(golden: Golden) -> Iterator[Check]:
     """Texts, and ids where VLAHUB_LLAMA_TOKENIZER names a folder with Llama-2's tokenizer.json (its vocabulary is not ours to ship)."""
     folder = os.environ.get("VLAHUB_LLAMA_TOKENIZER")
-    tokenizer = openvla_files.read_tokenizer(Path(folder)) if folder else None
+    tokenizer = folders.read_tokenizer(Path(folder)) if folder else None
     for number, entry in enumerate(golden.meta["prompts"]):
         yield Check(f"{number} text", oft.prompt(entry["task"]), entry["prompt"])
         if tokenizer:
@@ -336,7 +337,7 @@ def manifest(golden: Golden) -> Iterator[Check]:
         ours = {name: shape for name, shape in ours.items() if name.startswith(f"{component}.")}
     else:
         ours = {name: shape for name, shape in ours.items() if not name.startswith(separate)}
-    theirs = {openvla_files.component_key(component, name) if component else name: tuple(entry["shape"]) for name, entry in golden.meta.items()}
+    theirs = {folders.component_key(component, name) if component else name: tuple(entry["shape"]) for name, entry in golden.meta.items()}
     dead = {name: shape for name, shape in theirs.items() if any(fnmatchcase(name, pattern) for pattern in oft.unused(policy.config))}
     yield Check("keys that no output depends on", [len(dead)], [0 if component else 43])
     yield Check("keys and shapes", ours, {name: shape for name, shape in theirs.items() if name not in dead})
@@ -347,10 +348,10 @@ def adapter_manifest(golden: Golden) -> Iterator[Check]:
     policy = full_size()
     ours = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     tensors = {name: torch.empty(entry["shape"], device="meta") for name, entry in golden.meta.items()}
-    deltas, replaced = openvla_files.split_adapter(tensors)
+    deltas, replaced = folders.split_adapter(tensors)
     dead = [name for name in deltas if any(fnmatchcase(name, pattern) for pattern in oft.unused(policy.config))]
     yield Check("adapted weights", [len(deltas)], [(len(tensors) - len(replaced)) // 2])
     yield Check("adapted weights without use", [len(dead)], [4 + 4 + 5])  # the last blocks, and the pooling head's q, kv, proj, fc1, fc2
-    merged = {name: tuple(openvla_files.lora_delta(*pair).shape) for name, pair in deltas.items() if name not in dead}
+    merged = {name: tuple(folders.lora_delta(*pair).shape) for name, pair in deltas.items() if name not in dead}
     yield Check("shapes of the products", merged, {name: ours.get(name) for name in merged})
     yield Check("whole tensors", {name: tuple(tensor.shape) for name, tensor in replaced.items()}, {name: ours[name] for name in replaced})

@@ -2,6 +2,7 @@
 
     python benchmarks/latency_openvla_oft.py                      # the table; a JSON copy in $OUT if that is set
     python benchmarks/latency_openvla_oft.py --quick              # batch 1 and 64, without compiled layers
+    python benchmarks/latency_openvla_oft.py --profile            # also which GPU kernels take the time
     python benchmarks/latency_openvla_oft.py --device cpu --tiny  # does the script work at all?
 
 "end to end" is wall time from camera pictures (uint8, in numpy) to action chunks (float32, in numpy), median. The peer does what the original evaluation does:
@@ -291,6 +292,19 @@ def exactness(policy: OpenVLAOFT) -> None:
         ROWS.append({"pictures": how, "different": int((off > 0).sum()), "of": off.numel(), "largest": int(off.max())})
 
 
+@torch.no_grad()
+def kernels(policy: OpenVLAOFT, batch: int) -> None:
+    """Where the GPU's time goes in one eager decision."""
+    from torch.profiler import ProfilerActivity, profile
+
+    policy.config = replace(policy.config, acceleration="off")
+    seen = observation(policy, batch)
+    policy.act(seen)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        policy.act(seen)
+    print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=80), flush=True)
+
+
 def guarded(function: Callable, *args: object, **kwargs: object) -> object:
     """One failing part must not cost the others their numbers; its error is printed and kept."""
     try:
@@ -307,6 +321,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--quick", action="store_true", help="batch 1 and 64, without compiled layers")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' Llama out")
+    parser.add_argument("--profile", action="store_true", help="print the GPU kernels of one decision at batch 1 and at 64")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("latency_openvla_oft: no CUDA device; try --device cpu --tiny")
@@ -343,6 +358,8 @@ def main() -> None:
             policy.config = replace(policy.config, acceleration="graph")
             for batch in (1, 64):
                 guarded(towers, policy, batch)
+                if options.profile:
+                    guarded(kernels, policy, batch)
         del policy, peer
         if options.device == "cuda":
             torch.cuda.empty_cache()

@@ -493,7 +493,7 @@ class OpenVLAOFT(Policy):
         return self._network(given, padded)["hidden"]
 
     def _network(self, given: Trace, padded: bool, through: Callable = call) -> Trace:
-        return {"hidden": self(pixel_values(given["images"]), given["ids"], given.get("states"), padded, through)}
+        return {"hidden": self.forward(pixel_values(given["images"]), given["ids"], given.get("states"), padded, through)}
 
     def _captured(self) -> dict[Any, Captured]:
         """The network with and without padding, and the image preparation, as CUDA graphs; empty where they do not apply."""
@@ -576,7 +576,7 @@ class OpenVLAOFT(Policy):
         # inverse of the cumulative distribution at one uniform number per token; rounding must not lead past the last bin
         u = uniform(seeds, (self.horizon, self.action_dim, 1), device=self.device)
         bins = (log_probs.exp().cumsum(-1) <= u).sum(-1).clamp(max=BINS - 1)
-        log_prob = log_probs.gather(-1, bins[..., None])[..., 0]
+        log_prob = log_probs.gather(-1, bins[..., None]).sum(-1)
         value = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
         return Sample(self.to_env(bins_to_actions(bins)), log_prob, value, {**inputs, "bins": bins})
 
@@ -592,7 +592,8 @@ class OpenVLAOFT(Policy):
         log_probs = F.log_softmax(self.bin_logits(hidden) / self.config.temperature, dim=-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         value = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
-        return Evaluation(log_probs.gather(-1, trace["bins"][..., None])[..., 0], entropy, value)
+        # sum, not [..., 0]: sharded training wants no views as results
+        return Evaluation(log_probs.gather(-1, trace["bins"][..., None]).sum(-1), entropy, value)
 
     def sft_loss(self, batch: Mapping[str, Any], seeds: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy over the whole vocabulary (with </s>, where the sequence has it), or the mean absolute error of the L1 head. Draws nothing."""

@@ -72,6 +72,14 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(alone[0], together[row], atol=2e-5, rtol=1e-4)
 
 
+def test_full_size_is_the_published_one():
+    policy = goldens.full_size()
+    count = {name: round(sum(p.numel() for p in part.parameters()) / 1e6, 1) for name, part in policy.named_children()}
+    assert count["language_model"] == 6738.9 and count["projector"] == 71.4 and count["action_head"] == 151.1 and count["proprio_projector"] == 16.8
+    assert policy.language_model.model.norm.eps == 1e-6 and policy.config.llama.rope_theta == 1e4
+    assert policy.vision_backbone.featurizer.blocks[0].norm1.eps == 1e-6
+
+
 # ------------------------------------------------------------------------------------------------ pixels
 
 

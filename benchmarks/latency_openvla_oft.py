@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from benchmarks.policy_latency import ceilings, measure
 from vlahub_policies import openvla_oft as oft
 from vlahub_policies.openvla_oft import OpenVLAOFT, OpenVLAOFTConfig
 from vlahub_policies.parts.capture import Captured
@@ -50,34 +51,6 @@ def wall(function: Callable, seconds: float = 2.0, least: int = 5, most: int = 6
         function()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
-
-
-def events(function: Callable, seconds: float = 1.0, least: int = 5, most: int = 40) -> float:
-    """Median milliseconds on the GPU."""
-    if not torch.cuda.is_available():
-        return wall(function, seconds, 1, 3)
-    function()
-    torch.cuda.synchronize()
-    times, begun = [], time.perf_counter()
-    while len(times) < least or (time.perf_counter() - begun < seconds and len(times) < most):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        function()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after))
-    return statistics.median(times)
-
-
-def ceilings(device: str) -> tuple[float, float]:
-    """(operations per second of bf16 matrix products, bytes per second of a copy), both measured."""
-    if device == "cpu":
-        return 1e11, 1e10
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192**3 / (events(lambda: a @ b) / 1e3)
-    block = torch.empty(2**32, device=device, dtype=torch.uint8)
-    target = torch.empty_like(block)
-    return rate, 2 * 2**32 / (events(lambda: target.copy_(block)) / 1e3)
 
 
 def report(**row: object) -> None:
@@ -233,8 +206,8 @@ def ours(policy: OpenVLAOFT, name: str, batch: int, variant: str, rate: float, b
     least = floor(policy, batch, PROMPT_TOKENS, rate, bandwidth)
     report(model=name, what=f"act, end to end, {variant}", batch=batch, ms=wall(lambda: policy.act(seen)), floor_ms=least, note=first)
     inputs = policy.prepare(seen)
-    report(model=name, what=f"  network, {variant}", batch=batch, ms=events(lambda: policy.hidden(inputs)), floor_ms=least)
-    report(model=name, what=f"  images and text, {variant}", batch=batch, ms=events(lambda: policy.prepare(seen)))
+    report(model=name, what=f"  network, {variant}", batch=batch, ms=measure(lambda: policy.hidden(inputs), policy.device.type), floor_ms=least)
+    report(model=name, what=f"  images and text, {variant}", batch=batch, ms=measure(lambda: policy.prepare(seen), policy.device.type))
     if policy.action_head is None:
         seeds = torch.stack([torch.arange(batch), torch.zeros(batch, dtype=torch.int64)], dim=1)
         report(model=name, what=f"sample, end to end, {variant}", batch=batch, ms=wall(lambda: policy.sample(seen, seeds).actions.cpu()), floor_ms=least)
@@ -253,7 +226,7 @@ def towers(policy: OpenVLAOFT, batch: int) -> None:
 
     for what, function in (("in turn", in_turn), ("side by side", lambda given: {"x": backbone(given["x"])})):
         captured = Captured(function)
-        report(model="vision towers", what=what, batch=batch, ms=events(lambda captured=captured: captured({"x": pixels})))
+        report(model="vision towers", what=what, batch=batch, ms=measure(lambda captured=captured: captured({"x": pixels}), "cuda"))
 
 
 @torch.no_grad()
@@ -270,7 +243,10 @@ def fused_products(device: str, tokens: int) -> None:
         for form, function in forms.items():
             captured = Captured(lambda given, function=function: [function(given) for _ in range(10)][-1])
             report(
-                model="products", what=f"{what} {form}, {tokens} tokens", batch=tokens // 344, ms=events(lambda captured=captured: captured({"x": x}), 0.3) / 10
+                model="products",
+                what=f"{what} {form}, {tokens} tokens",
+                batch=tokens // 344,
+                ms=measure(lambda captured=captured: captured({"x": x}), "cuda", 0.3) / 10,
             )
 
 

@@ -101,6 +101,15 @@ def test_resizes_keep_constant_pictures_and_sizes():
     assert torch.equal(lanczos(ramp, 100), ramp)
 
 
+def test_pixels_are_normalised_twice_per_view():
+    images = torch.tensor([[[[[255, 0, 51]]], [[[0, 0, 0]]]]], dtype=torch.uint8)  # [1, 2 views, 1, 1, 3]
+    pixels = oft.pixel_values(images)[0, :, 0, 0].tolist()
+    dino = [(x - mean) / std for x, mean, std in zip((1, 0, 0.2), oft.DINO_MEAN, oft.DINO_STD, strict=True)]
+    black = [-mean / std for mean, std in zip(oft.DINO_MEAN, oft.DINO_STD, strict=True)]
+    assert pixels == pytest.approx([*dino, 1, -1, -0.6, *black, -1, -1, -1], abs=1e-6)
+    assert oft.DINO_MEAN == (0.484375, 0.455078125, 0.40625)  # what bfloat16 makes of 0.485, 0.456, 0.406
+
+
 # ------------------------------------------------------------------------------------------------ actions and prompts
 
 

@@ -58,7 +58,9 @@ def token(tokenizer: Tokenizer, text: str, folder: Path | str = "this tokenizer"
     """The number of a text that must be exactly one token; a tokenizer that splits it would ruin the model without a word."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
-        raise hub.CheckpointError(f"{folder} splits {text!r} into {len(ids)} tokens {ids}, but the model needs it as one; it is not the tokenizer that the model was trained with")
+        raise hub.CheckpointError(
+            f"{folder} splits {text!r} into {len(ids)} tokens {ids}, but the model needs it as one; it is not the tokenizer that the model was trained with"
+        )
     return ids[0]
 
 
@@ -73,7 +75,10 @@ def find_base(reference: str, near: Path, chosen: str | Path | None = None, allo
             return _with_files(Path(chosen))
         return _from_hub(str(chosen), f"base_vlm={str(chosen)!r} is no folder; as a hub id:")
     name = Path(reference).name
-    places = [Path(reference), *(place / part for place in (near, *list(near.resolve().parents)[:3]) for part in ((reference, name) if name else ()) if not Path(part).is_absolute())]
+    places = [
+        Path(reference),
+        *(place / part for place in (near, *list(near.resolve().parents)[:3]) for part in ((reference, name) if name else ()) if not Path(part).is_absolute()),
+    ]
     for place in places:
         if place.is_dir() and any((place / file).exists() for file in (TOKENIZER, "vocab.json")):
             return place

@@ -151,7 +151,11 @@ class PatchEmbed(nn.Module):
         nn.init.normal_(self.proj.weight, std=config.patch_numbers**-0.5)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        weight = self.proj.weight
+        if patches.device.type == "cpu":  # the convolution adds up in the original's order, so that float32 results are equal to the bit
+            cubes = patches.to(weight.dtype).reshape(-1, *weight.shape[1:])
+            return F.conv3d(cubes, weight, stride=weight.shape[2:]).reshape(*patches.shape[:-1], -1)
+        return F.linear(patches.to(weight.dtype), weight.flatten(1))  # on a GPU the plain product is faster
 
 
 class VisionAttention(nn.Module):
@@ -229,14 +233,19 @@ class VisionTower(nn.Module):
             return self._layouts[key]
         merge, (h, w) = self.config.merge, grid
         if h % merge or w % merge:
-            raise ValueError(f"a grid of {h} x {w} patches cannot be merged by {merge} x {merge}; give images whose sides are multiples of {merge * self.config.patch}")
+            raise ValueError(
+                f"a grid of {h} x {w} patches cannot be merged by {merge} x {merge}; give images whose sides are multiples of {merge * self.config.patch}"
+            )
         side = self.config.window // merge // self.config.patch  # merged tokens per window side
         rows, columns = torch.meshgrid(torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
         window = ((rows // side) * math.ceil(w / merge / side) + columns // side).flatten()  # [merged tokens] window number
         order = window.argsort(stable=True)
         sizes = window.bincount()
         # patches come merge x merge cell by cell, each cell row by row
-        y, x = (t.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1, merge**2)[order].flatten() for t in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+        y, x = (
+            t.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1, merge**2)[order].flatten()
+            for t in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        )
         quarter = self.config.hidden // self.config.heads // 4
         angles = torch.cat([y[:, None] * frequencies(quarter, 10000.0), x[:, None] * frequencies(quarter, 10000.0)], -1)  # [h * w, d / 2]
         even = bool((sizes == sizes[0]).all())
@@ -323,7 +332,9 @@ class TextModel(nn.Module):
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [B, 3, L] (time, height, width) -> cos, sin [B, 1, L, d / 2] float32; each frequency belongs to one of the three axes."""
-        axes = torch.repeat_interleave(torch.arange(3, device=positions.device), torch.tensor(self.config.rope_sections, device=positions.device), output_size=self.config.head // 2)
+        axes = torch.repeat_interleave(
+            torch.arange(3, device=positions.device), torch.tensor(self.config.rope_sections, device=positions.device), output_size=self.config.head // 2
+        )
         angles = positions.float()[:, axes].transpose(1, 2) * frequencies(self.config.head // 2, self.config.rope_base, positions.device)
         return angles.cos()[:, None], angles.sin()[:, None]
 

@@ -10,7 +10,7 @@ import fnmatch
 import importlib.resources
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ def resolve(
     force_download: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    files: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached)."""
+    """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached). `files` limits what is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     name = str(name)
@@ -64,7 +65,15 @@ def resolve(
 
     try:
         return Path(
-            snapshot_download(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=None if files is None else list(files),
+            )
         )
     except (GatedRepoError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"{name!r} cannot be read from the hub: {error}") from error

@@ -9,11 +9,10 @@ For reinforcement learning the regression is the mean of a Gaussian with a learn
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -26,9 +25,10 @@ from vlahub import hub
 from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
-from vlahub_policies.parts import pillow, qwen_text, randomness
+from vlahub_policies.parts import interfaces, lora, pillow, qwen_text, randomness
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
+from vlahub_policies.parts.normalize import Statistics
 from vlahub_policies.parts.qwen_text import END, IMAGE, PAD, START, VISION_END, VISION_START
 from vlahub_policies.parts.qwen_vl import TextConfig, TextModel, VisionConfig, VisionTower, initialise, patchify, positions_of, read_config
 
@@ -67,15 +67,12 @@ class ActionCodec:
         low, high = (tuple(float(number) for number in statistics[key]) for key in keys)
         if len(low) != interface.action_dim:
             raise hub.CheckpointError(f"dataset_statistics.json describes {len(low)} action dimensions, the interface {interface.action_dim}")
-        grippers = [field for field in interface.action for _ in range(field.size)]
-        return cls(
-            low,
-            high,
-            tuple(bool(entry) for entry in statistics.get("mask", [True] * len(low))),
-            tuple(field.open for field in grippers),
-            tuple(field.closed for field in grippers),
-            **options,
-        )
+        scaled = tuple(bool(entry) for entry in statistics.get("mask", [True] * len(low)))
+        return cls(low, high, scaled, *_gripper_numbers(interface), **options)
+
+    @property
+    def dim(self) -> int:
+        return len(self.low)
 
     @property
     def switches(self) -> tuple[bool, ...]:
@@ -116,6 +113,12 @@ class ActionCodec:
         numbers = [[math.nan if entry is None else entry for entry in row] for row in (self.low, self.high, self.opened, self.closed)]
         low, high, opened, closed = torch.tensor(numbers, dtype=like.dtype, device=like.device)
         return low, high, torch.tensor(self.scaled, device=like.device), opened, closed
+
+
+def _gripper_numbers(interface: Interface) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    """The environment's number for open, and for closed, of each action dimension; None where it is no gripper."""
+    each = [entry for entry in interface.action for _ in range(entry.size)]
+    return tuple(entry.open for entry in each), tuple(entry.closed for entry in each)
 
 
 # ------------------------------------------------------------------------------------------------ prompt
@@ -171,9 +174,9 @@ class ActionHead(nn.Module):
 class Config:
     interface: Interface
     codec: ActionCodec
-    vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
-    chunk: int = 8  # actions per prediction, one placeholder token each
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    horizon: int = 8  # actions per prediction, one placeholder token each
     execute: int = 8  # of which this many run before the next prediction
     image_size: tuple[int, int] = (224, 224)  # height, width that every view is resized to
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # as Pillow's Image.resize does it; training data was resized bicubically
@@ -184,36 +187,44 @@ class Config:
     value_head: bool = False
     freeze_vision: bool = False
     gradient_checkpointing: bool = False
+    lora_rank: int = 0  # 0: no LoRA; else adapters in the decoder and, unless frozen, the vision tower, which themselves stay as they are
+    lora_alpha: float = 16.0
+
+    def __post_init__(self):
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"execute {self.execute} is not within 1 .. horizon {self.horizon}")
+        if self.vision.out != self.text.hidden:
+            raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
+        self.vision.grid(self.image_size)
+        if self.codec.dim != self.interface.action_dim:
+            raise ValueError(f"the codec scales {self.codec.dim} action dimensions, the interface has {self.interface.action_dim}")
 
 
 class QwenOFTPolicy(Policy):
     family: ClassVar[str] = "starvla"
     Config: ClassVar[type] = Config
+    fresh: ClassVar[tuple[str, ...]] = ("log_std", "value_head.*", "*.lora_down", "*.lora_up")
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        if not 1 <= config.execute <= config.chunk:
-            raise ValueError(f"execute must be between 1 and the chunk length {config.chunk}, not {config.execute}")
-        if config.vision.out != config.text.hidden:
-            raise ValueError(f"the vision tower gives {config.vision.out} numbers per token, the decoder takes {config.text.hidden}")
-        cell = config.vision.patch * config.vision.merge
-        if any(side % cell for side in config.image_size):
-            raise ValueError(
-                f"image_size {config.image_size} must be multiples of {cell}: patches of {config.vision.patch}, merged {config.vision.merge} by {config.vision.merge}"
-            )
         self.config, self.tokenizer, self.interface = config, tokenizer, config.interface
-        self.horizon, self.execute = config.chunk, config.execute
-        self.grid = tuple(side // config.vision.patch for side in config.image_size)  # patches
+        self.horizon, self.execute = config.horizon, config.execute
+        self.grid = config.vision.grid(config.image_size)  # patches
         self.merged = tuple(side // config.vision.merge for side in self.grid)  # tokens
         self.action_id, self.image_id, self.pad_id = (qwen_text.token(tokenizer, text) for text in (ACTION_TOKEN, IMAGE, PAD))
         self.visual = VisionTower(config.vision)
         self.language_model = TextModel(config.text)
         self.action_model = ActionHead(config.text.hidden, config.interface.action_dim)
-        self.log_std = nn.Parameter(torch.full((config.interface.action_dim,), config.log_std))
-        self.value_head = ValueHead(config.text.hidden) if config.value_head else None
         self.visual.gradient_checkpointing = self.language_model.gradient_checkpointing = config.gradient_checkpointing
         if config.freeze_vision:
             self.visual.requires_grad_(False)
+        with torch.device("cpu"):  # with values even where the rest is built without: a checkpoint may lack what RL and LoRA add
+            self.log_std = nn.Parameter(torch.full((config.interface.action_dim,), config.log_std))
+            self.value_head = ValueHead(config.text.hidden) if config.value_head else None
+            if config.lora_rank:
+                for adapted in [self.language_model] if config.freeze_vision else [self.language_model, self.visual]:
+                    adapted.requires_grad_(False)
+                    lora.add(adapted, config.lora_rank, config.lora_alpha)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # -------------------------------------------------------------------------------------------- inputs
@@ -227,11 +238,11 @@ class QwenOFTPolicy(Policy):
     def _inputs(self, instruction: str) -> tuple[torch.Tensor, torch.Tensor]:
         """ids [max] and positions [3, max] up to the last action token, padded on the right; kept, because instructions repeat for whole episodes."""
         if instruction not in self._encoded:
-            ids, positions = self.encode_text(prompt(instruction, self.config.chunk, self.config.template))
+            ids, positions = self.encode_text(prompt(instruction, self.config.horizon, self.config.template))
             last = len(ids) - ids[::-1].index(self.action_id)
             pictures = len(ids) - ids[::-1].index(self.image_id)
-            if ids[:last].count(self.action_id) < self.config.chunk:
-                raise ValueError(f"the prompt of {instruction!r} has fewer than {self.config.chunk} action tokens")
+            if ids[:last].count(self.action_id) < self.config.horizon:
+                raise ValueError(f"the prompt of {instruction!r} has fewer than {self.config.horizon} action tokens")
             room = pictures + self.config.max_text
             if last > room:
                 raise ValueError(
@@ -279,9 +290,9 @@ class QwenOFTPolicy(Policy):
     def queries(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, chunk, C] at the last `chunk` action tokens of each row, in order; earlier ones (from the task's text) do not count."""
         here = tokens == self.action_id
-        place = here.cumsum(1) + self.config.chunk - here.sum(1, keepdim=True) - 1  # 0 .. chunk - 1 at the tokens wanted
-        place = torch.where(here & (place >= 0), place, self.config.chunk)
-        index = torch.zeros(len(tokens), self.config.chunk + 1, dtype=torch.long, device=tokens.device)
+        place = here.cumsum(1) + self.config.horizon - here.sum(1, keepdim=True) - 1  # 0 .. chunk - 1 at the tokens wanted
+        place = torch.where(here & (place >= 0), place, self.config.horizon)
+        index = torch.zeros(len(tokens), self.config.horizon + 1, dtype=torch.long, device=tokens.device)
         index.scatter_(1, place, torch.arange(tokens.shape[1], device=tokens.device).expand_as(place))
         return hidden.gather(1, index[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
 
@@ -345,14 +356,185 @@ class QwenOFTPolicy(Policy):
         return (error * real).sum() / real.sum().clamp(min=1)
 
 
+    # -------------------------------------------------------------------------------------------- making and saving
+
+    def set_statistics(self, statistics: Statistics) -> None:
+        """Scale actions by the 1 % and 99 % quantiles of another dataset, before fine-tuning on it. Grippers stay unscaled."""
+        if statistics.actions.q01 is None or statistics.actions.q99 is None:
+            raise ValueError("the statistics have no quantiles (q01, q99) of the actions")
+        self.config = replace(self.config, codec=replace(self.config.codec, low=statistics.actions.q01, high=statistics.actions.q99))
+
+    def side_files(self) -> dict[str, bytes]:
+        return {qwen_text.TOKENIZER: qwen_text.to_bytes(self.tokenizer)}
+
+    @classmethod
+    def from_config(cls, config: Config, folder: Path | None = None) -> Self:
+        if folder is None:
+            raise ValueError("a starvla policy needs a tokenizer: from_config(config, folder with a tokenizer.json), or QwenOFTPolicy(config, tokenizer)")
+        return cls(config, qwen_text.read_tokenizer(folder))
+
+    @classmethod
+    def tiny(cls, interface: Interface, **overrides: Any) -> Self:
+        """The same model at about 1.5 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
+        opened, closed = _gripper_numbers(interface)
+        space = interface.action_space()
+        low, high = (np.where(np.isfinite(side), side, unit).astype(float) for side, unit in ((space.low, -1.0), (space.high, 1.0)))
+        tokenizer = qwen_text.tiny_tokenizer([conversation(prompt(text, 8), 1) for text in qwen_text.SENTENCES], [ACTION_TOKEN])
+        sizes: dict[str, Any] = dict(
+            interface=replace(interface, state=()),  # the model reads no state
+            codec=ActionCodec(tuple(low.tolist()), tuple(high.tolist()), tuple(number is None for number in opened), opened, closed, binary=False),
+            vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
+            text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_base=10000.0, rope_sections=(4, 6, 6)),
+            image_size=(112, 112),
+        )
+        return cls(Config(**{**sizes, **overrides}), tokenizer).eval()
+
+    @classmethod
+    def from_published(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        unnorm_key: str | None = None,
+        base_vlm: str | Path | None = None,
+        step: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """A training run of StarVLA as it is on the hub.
+
+        Args:
+            unnorm_key: the entry of dataset_statistics.json that scales the actions; only needed where there are several.
+            base_vlm: folder or hub id of the Qwen2.5-VL base model, of which tokenizer and config.json are read; by default found from the run's config.yaml.
+            step: which checkpoint of the run; by default the last one.
+            options: entries of Config to override.
+        """
+        run = find_run(folder)
+        record = read_yaml(run / "config.yaml")
+        weights, file = read_weights(run, step)
+        shapes = {name: tuple(weights.shape(name) if isinstance(weights, hub.Weights) else weights[name].shape) for name in weights}
+        base = qwen_text.find_base(str(_entry(record, "framework.qwenvl.base_vlm") or "Qwen/Qwen2.5-VL-3B-Instruct"), run, base_vlm)
+        tokenizer = qwen_text.read_tokenizer(base)
+        qwen_text.token(tokenizer, ACTION_TOKEN, base)
+        config = override(read_run(run, record, shapes, base, unnorm_key, options.pop("interface", None)), **options)
+        with torch.device("meta"):
+            policy = cls(config, tokenizer)
+        policy.cast(dtype or weights[EMBEDDING].dtype)
+        hub.load_tensors(policy, weights, rename=checkpoint_name, may_miss=cls.fresh, device=device, source=str(file))
+        return policy.to(device)
+
+
 # ------------------------------------------------------------------------------------------------ published layout
+
+PREFIX = "qwen_vl_interface.model.model."
+EMBEDDING = PREFIX + "language_model.embed_tokens.weight"
 
 
 def checkpoint_name(name: str) -> str | None:
     """A published tensor name -> ours; None for the language-model head, a copy of the embedding that no action needs."""
     if name == "qwen_vl_interface.model.lm_head.weight":
         return None
-    return name.removeprefix("qwen_vl_interface.model.model.").replace("action_model.model.", "action_model.", 1)
+    return name.removeprefix(PREFIX).replace("action_model.model.", "action_model.", 1)
+
+
+def find_run(folder: Path) -> Path:
+    """The run's folder: itself, or one that a download nested inside."""
+    found = [path.parent for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml") for path in sorted(folder.glob(pattern))]
+    if not found:
+        raise hub.CheckpointError(f"{folder} holds no config.yaml, neither directly nor up to two folders down; it is no StarVLA run")
+    nearest = [path for path in found if len(path.parts) == len(found[0].parts)]
+    if len(nearest) > 1:
+        raise hub.CheckpointError(f"{folder} holds several runs: {', '.join(str(path) for path in nearest)}; name one of them")
+    return nearest[0]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise hub.CheckpointError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise hub.CheckpointError(f"{path} holds no mapping")
+    return record
+
+
+def _entry(record: Mapping[str, Any], dotted: str) -> Any:
+    for key in dotted.split("."):
+        if not isinstance(record, Mapping) or key not in record:
+            return None
+        record = record[key]
+    return record
+
+
+def read_weights(run: Path, step: int | None) -> tuple[Mapping[str, torch.Tensor], Path]:
+    """The weights of the last step, by number (names sort steps_30000 behind steps_100000), or of the step asked for."""
+    numbered = {}
+    for file in sorted((run / "checkpoints").glob("steps_*_pytorch_model.*")):
+        match = re.fullmatch(r"steps_(\d+)_pytorch_model\.(pt|safetensors)", file.name)
+        if match:
+            numbered[int(match[1])] = file
+    final = next((file for suffix in ("pt", "safetensors") if (file := run / "final_model" / f"pytorch_model.{suffix}").exists()), None)
+    if step is not None and step not in numbered:
+        raise hub.CheckpointError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(numbered))) or 'none with a number'}")
+    file = numbered[step] if step is not None else final or (numbered[max(numbered)] if numbered else None)
+    if file is None:
+        raise hub.CheckpointError(f"{run} has neither checkpoints/steps_*_pytorch_model.pt nor final_model/pytorch_model.pt")
+    weights = hub.Weights([file]) if file.suffix == ".safetensors" else hub.read_pt(file)
+    if EMBEDDING not in weights:
+        raise hub.CheckpointError(f"{file} has no tensor {EMBEDDING}; it is no QwenOFT on Qwen2.5-VL")
+    return weights, file
+
+
+def read_run(run: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base: Path, unnorm_key: str | None, interface: Interface | None) -> Config:
+    """Everything but the weights of a run. Nothing is written back."""
+    framework = _entry(record, "framework.name") or _entry(record, "framework.framework_py")
+    if framework != "QwenOFT":
+        raise hub.CheckpointError(f"{run / 'config.yaml'} says framework {framework!r}; only QwenOFT is supported")
+    settings = hub.read_json(base / hub.CONFIG) if (base / hub.CONFIG).exists() else None
+    if settings is None:
+        raise hub.CheckpointError(f"{base} has no config.json; copy it from the Qwen2.5-VL base model")
+    vision, text = read_config(settings)
+    text = replace(text, vocab=shapes[EMBEDDING][0])  # some bases carry 2048 further tokens: the checkpoint decides
+    action = _entry(record, "framework.action_model") or {}
+    horizon = action.get("action_horizon") or action.get("past_action_window_size", 0) + 1 + action.get("future_action_window_size", -1)
+    if horizon < 1:
+        raise hub.CheckpointError(f"{run / 'config.yaml'} has neither framework.action_model.action_horizon nor future_action_window_size")
+    key, statistics = pick_statistics(run / "dataset_statistics.json", unnorm_key)
+    dim = shapes["action_model.model.fc2.weight"][0]
+    if interface is None:
+        if key != "franka" or dim != 7:
+            raise hub.CheckpointError(f"{run} was trained on {key!r} with {dim} action dimensions; say what they mean with interface=vlahub.interface.Interface(...)")
+        interface = replace(interfaces.LIBERO, state=())
+    data = _entry(record, "datasets.vla_data") or {}
+    size = data.get("obs_image_size") or data.get("image_size") or [224, 224]  # (width, height)
+    return Config(
+        interface,
+        ActionCodec.of(interface, statistics),
+        vision,
+        text,
+        horizon=horizon,
+        execute=horizon,
+        image_size=(int(size[1]), int(size[0])),
+        template=data.get("CoT_prompt"),
+    )
+
+
+def pick_statistics(file: Path, unnorm_key: str | None) -> tuple[str, Mapping[str, Any]]:
+    """(key, its action statistics). One entry needs no key; several need one, and a wrong one is an error: another robot's scale moves the arm elsewhere."""
+    if not file.exists():
+        raise hub.CheckpointError(f"{file} is missing; without it the actions cannot be scaled to the robot")
+    record = hub.read_json(file)
+    known = ", ".join(map(repr, record))
+    if unnorm_key is None and len(record) != 1:
+        raise hub.CheckpointError(f"{file.name} has statistics of several data sets; pass unnorm_key= one of {known}")
+    key = next(iter(record)) if unnorm_key is None else unnorm_key
+    if key not in record:
+        raise hub.CheckpointError(f"unnorm_key {key!r} is not in {file.name}; valid ones are {known}")
+    if "action" not in record[key]:
+        raise hub.CheckpointError(f"{file.name} has no action statistics of {key!r}")
+    return key, record[key]["action"]
 
 
 def published_sizes(shapes: Mapping[str, tuple[int, ...]], head: int = 128, vision_heads: int = 16) -> tuple[VisionConfig, TextConfig]:

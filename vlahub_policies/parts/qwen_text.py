@@ -24,6 +24,31 @@ TOKENIZER = "tokenizer.json"
 FILES = ("config.json", TOKENIZER, "tokenizer_config.json", "vocab.json", "merges.txt")  # all that is needed of a base model
 
 
+# what tiny tokenizers learn from: the words of table-top tasks
+SENTENCES = (
+    "pick up the black bowl and place it on the plate",
+    "put the white mug on the left side of the table",
+    "put both cups on the tray and close the drawer",
+    "open the top drawer and put the bowl inside",
+    "turn on the stove and put the pot on it",
+    "push the plate to the front of the cabinet",
+    "press the bell with the left arm",
+    "click the bell with the right gripper",
+    "stack the red block on the green block and the blue block on top",
+    "grab the shoe with the right arm and put it on the mat",
+    "lift the bottle and shake it",
+    "hand the hammer from the left arm to the right arm",
+    "beat the block with the hammer",
+    "move the can next to the basket",
+    "place the cube at the target",
+    "go to the yellow target",
+    "reach the red circle, then stop",
+    "put the book between the box and the cup, behind the bowl",
+    "what should the robot do in the next steps?",
+    "0 1 2 3 4 5 6 7 8 9 10 20 50",
+)
+
+
 def bare(vocabulary: dict[str, int] | None = None, merges: Sequence[tuple[str, str]] | None = None) -> Tokenizer:
     """A byte-level BPE tokenizer that cuts text as Qwen's does, without special tokens."""
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))

@@ -36,6 +36,13 @@ class VisionConfig:
     def patch_numbers(self) -> int:
         return 3 * self.frames * self.patch**2
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Patches (vertically, horizontally) of an image of (height, width)."""
+        cell = self.patch * self.merge
+        if any(side % cell or side < cell for side in size):
+            raise ValueError(f"image_size {tuple(size)} must be multiples of {cell}: patches of {self.patch} pixels, merged {self.merge} by {self.merge}")
+        return tuple(side // self.patch for side in size)
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -124,18 +131,19 @@ def frequencies(count: int, base: float, device: torch.device | None = None) -> 
     return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
-def joint_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention with an arbitrary mask. q [B, H, L, d]; k, v [B, G, S, d], each shared by H / G heads; mask [B or 1, L or 1, S] bool, True = may attend.
+def joint_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Attention with an arbitrary mask. q [B, H, L, d]; k, v [B, G, S, d], each shared by H / G heads; bias from `attention_bias`.
 
     Heads that share keys are laid out as further query rows, so the keys are never copied H / G times.
     """
     B, H, L, d = q.shape
-    group = H // k.shape[1]
-    if mask is not None:
-        rows = 1 if mask.shape[1] == 1 else group * L
-        mask = mask[:, None, None].expand(-1, 1, group if rows > 1 else 1, -1, -1).reshape(mask.shape[0], 1, rows, -1)
-    out = F.scaled_dot_product_attention(q.reshape(B, -1, group * L, d), k, v, attn_mask=mask)
-    return out.reshape(B, H, L, d)
+    return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, d), k, v, attn_mask=bias).reshape(B, H, L, d)
+
+
+def attention_bias(mask: torch.Tensor, heads_per_key: int, dtype: torch.dtype) -> torch.Tensor:
+    """mask [B, L, S] bool, True = may attend -> what `joint_attention` adds to the scores, [B, 1, heads_per_key * L, S]. Built once for all layers."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return bias.repeat(1, heads_per_key, 1)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------ vision
@@ -317,6 +325,7 @@ class TextModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        nn.init.normal_(self.embed_tokens.weight, std=config.hidden**-0.5)  # fresh tokens as loud as fresh layers
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.layers)])
         self.norm = RMSNorm(config.hidden, config.eps)
 
@@ -357,12 +366,3 @@ def positions_of(tokens: Sequence[int], image_token: int, grids: Sequence[tuple[
         columns.append(at + torch.stack([torch.zeros(h * w, dtype=torch.long), y.flatten(), x.flatten()]))
         at, index = at + max(h, w), index + h * w
     return torch.cat(columns, 1)
-
-
-def initialise(module: nn.Module, std: float = 0.02) -> None:
-    """Qwen's fresh weights: normal matrices, zero biases, unit norms."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=std)
-            if getattr(part, "bias", None) is not None:
-                nn.init.zeros_(part.bias)

@@ -29,7 +29,7 @@ from vlahub import hub
 from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
-from vlahub_policies.parts import flow, interfaces, pillow, qwen_text, randomness
+from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Statistics, normalize, unnormalize
 from vlahub_policies.parts.qwen_text import PAD

@@ -25,7 +25,7 @@ from vlahub import hub
 from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
-from vlahub_policies.parts import interfaces, lora, pillow, qwen_text, randomness
+from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
 from vlahub_policies.parts.normalize import Statistics
@@ -506,7 +506,7 @@ def read_run(run: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[in
     if interface is None:
         if key != "franka" or dim != 7:
             raise hub.CheckpointError(f"{run} was trained on {key!r} with {dim} action dimensions; say what they mean with interface=vlahub.interface.Interface(...)")
-        interface = replace(interfaces.LIBERO, state=())
+        interface = replace(robots.LIBERO, state=(), optional_cameras=())
     data = _entry(record, "datasets.vla_data") or {}
     size = data.get("obs_image_size") or data.get("image_size") or [224, 224]  # (width, height)
     return Config(

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -69,14 +70,14 @@ def test_score_repeats_explore(method, joint):
         return point if method == "flow_noise" else flow.Denoised(point.velocity, None, point.value)
 
     how = flow.Exploration(method, steps=4, noise_level=0.5, joint=joint)
-    actions, log_prob, value, trace = flow.explore(denoise, (3, 2), ROWS, how, "cpu")
+    actions, log_prob, value, trace = flow.explore(partial(flow.walk, denoise), (3, 2), ROWS, how, "cpu")
     again, entropy, value_again = flow.score(denoise, trace, how)
     torch.testing.assert_close(again, log_prob, atol=1e-5, rtol=0)
     torch.testing.assert_close(value_again, value, atol=1e-6, rtol=0)
     assert actions.shape == log_prob.shape == entropy.shape == (4, 3, 2)
     assert (entropy != 0).any() == (method == "flow_noise")
     # a row does not depend on its batch
-    alone = flow.explore(denoise, (3, 2), ROWS[2:3], how, "cpu")
+    alone = flow.explore(partial(flow.walk, denoise), (3, 2), ROWS[2:3], how, "cpu")
     torch.testing.assert_close(alone[0][0], actions[2], atol=1e-6, rtol=0)
     torch.testing.assert_close(alone[1][0], log_prob[2], atol=1e-5, rtol=0)
 
@@ -85,16 +86,16 @@ def test_one_drawn_step_is_the_only_stochastic_one():
     how = flow.Exploration("flow_sde", steps=4)
     plan = flow.stochastic_at(how.method, how.steps, how.noise_level, torch.tensor([2, 0]))
     assert (plan.spread > 0).nonzero().tolist() == [[0, 1], [2, 0]]
-    drawn = [int(flow.explore(network, (1, 1), torch.tensor([[seed, 0]]), how, "cpu")[3]["step"]) for seed in range(60)]
+    drawn = [int(flow.explore(partial(flow.walk, network), (1, 1), torch.tensor([[seed, 0]]), how, "cpu")[3]["step"]) for seed in range(60)]
     assert set(drawn) == {0, 1, 2, 3}
     last = flow.Exploration("flow_cps", steps=2)  # its last step is certain, so only the first can be drawn
-    assert {int(flow.explore(network, (1, 1), torch.tensor([[seed, 0]]), last, "cpu")[3]["step"]) for seed in range(20)} == {0}
+    assert {int(flow.explore(partial(flow.walk, network), (1, 1), torch.tensor([[seed, 0]]), last, "cpu")[3]["step"]) for seed in range(20)} == {0}
 
 
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="flow_sde"):
         flow.Exploration("sde")
     with pytest.raises(ValueError, match="deterministic"):
-        flow.explore(network, (1, 1), randomness.fresh_seeds(1), flow.Exploration("ode"), "cpu")
+        flow.explore(partial(flow.walk, network), (1, 1), randomness.fresh_seeds(1), flow.Exploration("ode"), "cpu")
     with pytest.raises(ValueError, match="adds no noise"):
-        flow.explore(network, (1, 1), randomness.fresh_seeds(1), flow.Exploration("flow_cps", steps=1), "cpu")
+        flow.explore(partial(flow.walk, network), (1, 1), randomness.fresh_seeds(1), flow.Exploration("flow_cps", steps=1), "cpu")

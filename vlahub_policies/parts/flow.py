@@ -196,11 +196,11 @@ class Exploration:
             raise ValueError(f"num_steps must be at least 1, not {self.steps}")
 
 
-Runner = Callable[[Denoise, torch.Tensor, Schedule, torch.Tensor | None], Walk]
+Run = Callable[[torch.Tensor, Schedule, torch.Tensor | None], Walk]  # (x, plan, noise) -> Walk; `functools.partial(walk, denoise)`, or a compiled form of it
 
 
 def explore(
-    denoise: Denoise, shape: tuple[int, int], seeds: randomness.Seeds, how: Exploration, device: torch.device | str, run: Runner = walk
+    run: Run, shape: tuple[int, int], seeds: randomness.Seeds, how: Exploration, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
     """Sample actions. Returns (actions [B, H, D], log_prob [B, H, D], value [B, 1] or None, trace) where the trace is what `score` needs.
 
@@ -212,7 +212,7 @@ def explore(
     start = randomness.normal(seeds, shape, INITIAL, device)
     noise = randomness.normal(seeds, (how.steps, *shape), STEPS, device)
     if how.joint:
-        taken = run(denoise, start, schedule(how.method, how.steps, how.noise_level).to(device), noise)
+        taken = run(start, schedule(how.method, how.steps, how.noise_level).to(device), noise)
         terms = normal_log_prob(taken.chain[:, 1:], taken.mean, taken.spread)
         first = normal_log_prob(start, torch.zeros_like(start), torch.ones_like(start))
         log_prob = torch.cat([first[:, None], terms], 1).mean(1)
@@ -222,7 +222,7 @@ def explore(
     if not drawable:
         raise ValueError(f"noise_method {how.method!r} adds no noise in {how.steps} steps at noise_level {how.noise_level}; raise num_steps or noise_level")
     index = randomness.integers(seeds, drawable, DRAWN_STEP)
-    taken = run(denoise, start, stochastic_at(how.method, how.steps, how.noise_level, index).to(device), noise)
+    taken = run(start, stochastic_at(how.method, how.steps, how.noise_level, index).to(device), noise)
     index, rows = index.to(device), torch.arange(len(start), device=device)
     log_prob = normal_log_prob(taken.chain[rows, index + 1], taken.mean[rows, index], taken.spread[rows, index])
     value = None if taken.value is None else taken.value[rows, index][:, None]

@@ -111,6 +111,18 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no mapping of names to values")
+    return record
+
+
 # ------------------------------------------------------------------------------------------------ files -> tensors
 
 

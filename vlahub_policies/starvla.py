@@ -30,7 +30,7 @@ from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
 from vlahub_policies.parts.normalize import Statistics
 from vlahub_policies.parts.qwen_text import END, IMAGE, PAD, START, VISION_END, VISION_START
-from vlahub_policies.parts.qwen_vl import TextConfig, TextModel, VisionConfig, VisionTower, initialise, patchify, positions_of, read_config
+from vlahub_policies.parts.qwen_vl import TextConfig, TextModel, VisionConfig, VisionTower, patchify, positions_of, read_config
 
 ACTION_TOKEN = "🔍"  # one rare character that Qwen's vocabulary holds as one token
 
@@ -349,12 +349,14 @@ class QwenOFTPolicy(Policy):
     def sft_loss(self, batch: Mapping[str, Any], seeds: torch.Tensor | None = None) -> torch.Tensor:
         """Mean absolute error over the chunk, grippers included; padded steps do not count."""
         observation = {key: value for key, value in batch.items() if key not in ("actions", "action_is_pad")}
-        error = (self(self.prepare(observation))[0] - self.config.codec.encode(torch.as_tensor(batch["actions"]).to(self.device))).abs()
+        actions = torch.as_tensor(batch["actions"]).to(self.device)
+        if actions.shape[1:] != (self.horizon, self.interface.action_dim):
+            raise ValueError(f"batch['actions'] has shape {tuple(actions.shape)}, this policy is trained on [B, {self.horizon}, {self.interface.action_dim}]")
+        error = (self(self.prepare(observation))[0] - self.config.codec.encode(actions)).abs()
         if batch.get("action_is_pad") is None:
             return error.mean()
         real = ~torch.as_tensor(batch["action_is_pad"]).to(self.device)[..., None].expand_as(error)
         return (error * real).sum() / real.sum().clamp(min=1)
-
 
     # -------------------------------------------------------------------------------------------- making and saving
 
@@ -410,7 +412,7 @@ class QwenOFTPolicy(Policy):
             options: entries of Config to override.
         """
         run = find_run(folder)
-        record = read_yaml(run / "config.yaml")
+        record = hub.read_yaml(run / "config.yaml")
         weights, file = read_weights(run, step)
         shapes = {name: tuple(weights.shape(name) if isinstance(weights, hub.Weights) else weights[name].shape) for name in weights}
         base = qwen_text.find_base(str(_entry(record, "framework.qwenvl.base_vlm") or "Qwen/Qwen2.5-VL-3B-Instruct"), run, base_vlm)
@@ -448,18 +450,6 @@ def find_run(folder: Path) -> Path:
     return nearest[0]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        record = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise hub.CheckpointError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(record, dict):
-        raise hub.CheckpointError(f"{path} holds no mapping")
-    return record
-
-
 def _entry(record: Mapping[str, Any], dotted: str) -> Any:
     for key in dotted.split("."):
         if not isinstance(record, Mapping) or key not in record:
@@ -487,7 +477,9 @@ def read_weights(run: Path, step: int | None) -> tuple[Mapping[str, torch.Tensor
     return weights, file
 
 
-def read_run(run: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base: Path, unnorm_key: str | None, interface: Interface | None) -> Config:
+def read_run(
+    run: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base: Path, unnorm_key: str | None, interface: Interface | None
+) -> Config:
     """Everything but the weights of a run. Nothing is written back."""
     framework = _entry(record, "framework.name") or _entry(record, "framework.framework_py")
     if framework != "QwenOFT":
@@ -505,7 +497,9 @@ def read_run(run: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[in
     dim = shapes["action_model.model.fc2.weight"][0]
     if interface is None:
         if key != "franka" or dim != 7:
-            raise hub.CheckpointError(f"{run} was trained on {key!r} with {dim} action dimensions; say what they mean with interface=vlahub.interface.Interface(...)")
+            raise hub.CheckpointError(
+                f"{run} was trained on {key!r} with {dim} action dimensions; say what they mean with interface=vlahub.interface.Interface(...)"
+            )
         interface = replace(robots.LIBERO, state=(), optional_cameras=())
     data = _entry(record, "datasets.vla_data") or {}
     size = data.get("obs_image_size") or data.get("image_size") or [224, 224]  # (width, height)

@@ -47,7 +47,7 @@ def network(golden: Golden) -> Iterator[Check]:
         codec({"min": [-1.0] * 7, "max": [1.0] * 7}) if dim == 7 else ActionCodec((-1.0,) * dim, (1.0,) * dim, (True,) * dim, (None,) * dim, (None,) * dim),
         replace(vision, out=text.hidden),
         text,
-        chunk=chunk,
+        horizon=chunk,
         execute=chunk,
         image_size=(vision.patch * vision.merge,) * 2,
         gripper_likelihood="gaussian",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ from vlahub.hub import CheckpointError
 from vlahub.interface import Interface
 from vlahub.observation import Observation, batch_size, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
-from vlahub_policies.parts import flow, images, lora, randomness, text
-from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, KeysValues, Siglip, SiglipConfig, unpack
+from vlahub_policies.parts import capture, flow, images, lora, randomness, text
+from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack, unpack
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
 from vlahub_policies.parts.robots import LIBERO
@@ -70,6 +71,7 @@ class Pi0Config:
     train_expert_only: bool = True  # freeze SigLIP, projector and language model
     keep_prefix: bool = False  # keep the frozen prefix's keys and values in the trace: evaluate skips the prefix pass (10 MB per decision at full size in bf16)
     gradient_checkpointing: bool = False
+    acceleration: Literal["off", "graph", "compile"] = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
 
@@ -88,7 +90,12 @@ class Pi0Config:
             raise ValueError(f"relative names action dimension {max(self.relative)}, but there are {self.action_dim}")
         if self.keep_prefix and not self.train_expert_only:
             raise ValueError("keep_prefix needs train_expert_only: keys and values of a prefix that is trained go out of date")
-        for name, choices in (("resize", ("openpi", "lerobot", "dexbotic")), ("value_from", ("actions", "prefix")), ("noise_method", flow.METHODS)):
+        for name, choices in (
+            ("resize", ("openpi", "lerobot", "dexbotic")),
+            ("value_from", ("actions", "prefix")),
+            ("noise_method", flow.METHODS),
+            ("acceleration", ("off", "graph", "compile")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known are {', '.join(choices)}")
 
@@ -175,7 +182,8 @@ class Pi0Policy(Policy):
             self.action_time_mlp_in = nn.Linear(2 * width, width)
             self.action_time_mlp_out = nn.Linear(width, width)
         self.add_fresh()
-        self._runner: Any = None
+        self._compiled: dict[type, Callable] = {}
+        self._release()
 
     @property
     def paligemma(self) -> PaliGemma:
@@ -231,8 +239,8 @@ class Pi0Policy(Policy):
 
     def block_ids(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Which block each suffix token belongs to; the prefix is block 0. A token sees its own block and earlier ones."""
-        first = [] if self.config.pi05 else [1]
-        return torch.tensor([*first, *[len(first) + 1] * self.config.horizon], device=device)
+        states = 0 if self.config.pi05 else 1
+        return 1 + (torch.arange(states + self.config.horizon, device=device) >= states).long() * states
 
     def expert_features(self, prefix: Prefix, state: torch.Tensor, x: torch.Tensor, timing: Timing) -> torch.Tensor:
         """Output of the expert at the action tokens, after its final norm: [B, H, width] float32."""
@@ -265,10 +273,11 @@ class Pi0Policy(Policy):
         return lambda x, t: self.denoised(self.expert_features(prefix, state, x, self.timing(t)))
 
     def _through(self, layer: nn.Module, *inputs: Any) -> Any:
-        """Run a layer, keeping or recomputing what its gradient needs."""
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+        """Run a layer: compiled for inference if asked for; in training keeping, or recomputing, what its gradient needs."""
+        if torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False) if self.config.gradient_checkpointing else layer(*inputs)
+        compiled = self._compiled.get(type(layer))
+        return compiled(layer, *inputs) if compiled else layer(*inputs)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -359,39 +368,79 @@ class Pi0Policy(Policy):
     def sample(self, observation: Observation, seeds: torch.Tensor | None = None) -> Sample:
         inputs = self.prepare(observation)
         seeds = randomness.fresh_seeds(len(inputs["tokens"])) if seeds is None else seeds
-        extras: dict[str, torch.Tensor] = {}
+        of_prefix: Trace = {}
 
         def run(x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> flow.Walk:
             taken, prefix = self._run(inputs, x, plan, noise)
-            if self.config.keep_prefix:
-                extras.update(self._prefix_to_trace(prefix, inputs))
-            extras["value"] = self._prefix_value(prefix, inputs)
+            of_prefix.update(prefix)
             return taken
 
-        shape = (self.horizon, self.config.action_dim)
-        x, log_prob, value, chain = flow.explore(run, shape, seeds, self.config.exploration, self.device)
-        of_prefix = extras.pop("value")
+        x, log_prob, value, chain = flow.explore(run, (self.horizon, self.config.action_dim), seeds, self.config.exploration, self.device)
+        value = of_prefix.pop("prefix_value", value)
         actions = self._to_robot(x, inputs["raw_state"])
-        return Sample(actions, log_prob[..., : actions.shape[-1]], value if of_prefix is None else of_prefix, {**inputs, **chain, **extras})
+        return Sample(actions, log_prob[..., : actions.shape[-1]], value, {**inputs, **chain, **of_prefix})
 
     @torch.no_grad()
     def value(self, observation: Observation) -> torch.Tensor:
         if self.config.value_head and self.config.value_from == "prefix":
-            inputs = self.prepare(observation)
+            inputs = self._trim(self.prepare(observation))
             return self._prefix_value(self._encode(inputs), inputs)
         return super().value(observation)
 
-    def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> tuple[flow.Walk, Prefix]:
-        """The prefix once, then every step of the schedule."""
-        return self.denoise_all(self._trim(inputs), x, plan.to(self.device), noise)
+    def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> tuple[flow.Walk, Trace]:
+        """The prefix once, then every step of the schedule: the walk, and what `evaluate` needs of the prefix."""
+        given = {name: tensor for name, tensor in self._trim(inputs).items() if name in ("images", "tokens", "token_mask", "state")}
+        given |= {"x": x, **vars(plan.to(self.device)), **({} if noise is None else {"noise": noise})}
+        done = self._accelerated(given)
+        return flow.Walk(*(done.pop(name, None) for name in ("chain", "spread", "mean", "value"))), done
 
-    def denoise_all(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> tuple[flow.Walk, Prefix]:
-        """`_run` on trimmed inputs: only tensor work without a look at any value, so that it can be captured."""
+    def denoise_all(self, inputs: Trace) -> Trace:
+        """`_run` as plain tensor work without a look at any value, so that it can be captured."""
+        plan = flow.Schedule(*(inputs[name] for name in ("time", "keep", "move", "spread")))
         prefix = self._encode(inputs)
         timing = self.timing(plan.time)
         steps = iter(range(len(plan.time)))  # walk asks for the steps in order
-        taken = flow.walk(lambda x, t: self.denoised(self.expert_features(prefix, inputs["state"], x, timing.at(next(steps)))), x, plan, noise)
-        return taken, prefix
+
+        def denoise(x: torch.Tensor, t: torch.Tensor) -> flow.Denoised:
+            return self.denoised(self.expert_features(prefix, inputs["state"], x, timing.at(next(steps))))
+
+        taken = flow.walk(denoise, inputs["x"], plan, inputs.get("noise"))
+        done = {name: tensor for name, tensor in vars(taken).items() if tensor is not None}
+        if "noise" in inputs:
+            done |= self._prefix_to_trace(prefix, inputs["images"].shape[1]) if self.config.keep_prefix else {}
+            done |= {"prefix_value": self._prefix_value(prefix, inputs)} if self.config.value_from == "prefix" and self.config.value_head else {}
+        return done
+
+    def _accelerated(self, inputs: Trace) -> Trace:
+        """`denoise_all` in the quickest form that works here."""
+        if self.device.type != "cuda" or hasattr(self.action_in_proj.weight, "to_local"):  # sharded parameters come and go
+            return self.denoise_all(inputs)
+        if self._captured_for is not self.config:
+            self._release()
+            self._captured_for, self._acceleration = self.config, self.config.acceleration
+        while self._acceleration != "off":
+            if self._captured is None:
+                pack(self)
+                self._compiled = (
+                    {kind: torch.compile(kind.forward, dynamic=False) for kind in (SiglipLayer, GemmaLayer)} if self._acceleration == "compile" else {}
+                )
+                self._captured = capture.Captured(self.denoise_all)
+            try:
+                return self._captured(inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                slower = {"compile": "graph", "graph": "off"}[self._acceleration]
+                warnings.warn(
+                    f"acceleration={self._acceleration!r} failed, continuing with {slower!r}: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=2
+                )
+                self._captured, self._compiled, self._acceleration = None, {}, slower
+        return self.denoise_all(inputs)
+
+    def _release(self) -> None:
+        """Forget what was laid out, captured or compiled for parameters at their present addresses."""
+        unpack(self)
+        self._captured, self._compiled, self._captured_for, self._acceleration = None, {}, None, "off"
 
     def _encode(self, inputs: Trace) -> Prefix:
         return self.encode_prefix(images.to_pixels(inputs["images"]), inputs["tokens"], inputs["token_mask"])
@@ -459,9 +508,9 @@ class Pi0Policy(Policy):
             return self.value_head(inputs["prefix_pooled"])
         return self._value(prefix.out, prefix.mask)
 
-    def _prefix_to_trace(self, prefix: Prefix, inputs: Trace) -> Trace:
+    def _prefix_to_trace(self, prefix: Prefix, cameras: int) -> Trace:
         """Keys and values [B, depth, P, kv heads, head_dim], padded to the longest prompt so that traces of different calls can be joined."""
-        short = inputs["images"].shape[1] * self.config.vision.tokens + self.config.max_token_len - prefix.mask.shape[1]
+        short = cameras * self.config.vision.tokens + self.config.max_token_len - prefix.mask.shape[1]
         keys, values = (F.pad(torch.stack([pair[i] for pair in prefix.kept], 1), (0, 0, 0, 0, 0, short)) for i in (0, 1))
         kept = {"prefix_keys": keys, "prefix_values": values, "prefix_mask": F.pad(prefix.mask, (0, short))}
         if self.config.value_head and self.config.value_from == "prefix":
@@ -488,6 +537,7 @@ class Pi0Policy(Policy):
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Transformers in `dtype`; patch and position embeddings, Gemma's norms, and the flow and RL heads stay float32, as the originals run."""
+        self._release()
         for name, parameter in self.paligemma_with_expert.named_parameters():
             keep = any(
                 part in name for part in ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm", "model.norm.", "lora_")
@@ -498,9 +548,7 @@ class Pi0Policy(Policy):
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        # parameters move: what was laid out or captured with their old addresses is void
-        unpack(self)
-        self._runner = None
+        self._release()  # parameters move
         return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------------------------------------ making and saving

@@ -140,8 +140,11 @@ class SiglipEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.tokens, config.hidden_size)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)  # [N, tokens, width]
-        return patches + self.position_embedding.weight
+        # the convolution's windows do not overlap, so it is one matrix product over patches
+        size, weight = self.patch_embedding.kernel_size[0], self.patch_embedding.weight
+        pixels = pixels[..., : pixels.shape[-2] // size * size, : pixels.shape[-1] // size * size]
+        patches = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, tokens, 3 size size]
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias) + self.position_embedding.weight
 
 
 class Siglip(nn.Module):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -24,29 +24,34 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from vlahub import hub
 from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
+from vlahub_policies.parts.acceleration import Acceleration, Mode
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Statistics, normalize, unnormalize
+from vlahub_policies.parts.packing import joined, lay_out
 from vlahub_policies.parts.qwen_text import PAD
 from vlahub_policies.parts.qwen_vl import (
+    DecoderLayer,
     GatedMLP,
     RMSNorm,
     SelfAttention,
     TextConfig,
     TextModel,
+    VisionBlock,
     VisionConfig,
     VisionTower,
     attention_bias,
     frequencies,
     joint_attention,
+    pack,
     patchify,
     read_config,
+    through,
 )
 
 ROPE_BASE = 10000.0  # of both streams; Qwen's own base of a million and its three axes are not used
@@ -70,10 +75,6 @@ class TimeNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.gamma, self.beta = nn.Linear(width, width), nn.Linear(width, width)
         self.eps = eps
-
-    def modulation(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, C] -> scale and shift [R, 1, C] float32."""
-        return 1 + self.gamma(condition).float()[:, None], self.beta(condition).float()[:, None]
 
     def forward(self, x: torch.Tensor, modulation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         scale, shift = modulation
@@ -118,6 +119,10 @@ class Expert(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([ExpertLayer(config, text) for _ in range(text.layers)])
         self.norm = RMSNorm(config.hidden, text.eps)
+
+    def modulating(self) -> list[nn.Linear]:
+        """gamma and beta of every time norm, in order: all read the same time embedding."""
+        return [part for layer in self.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm) for part in (norm.gamma, norm.beta)]
 
 
 @dataclass
@@ -165,7 +170,7 @@ class Network(nn.Module):
         self.action_out_proj = nn.Linear(expert.hidden, width)
         self.action_time_mlp_in = nn.Linear(2 * expert.hidden, expert.hidden)
         self.action_time_mlp_out = nn.Linear(expert.hidden, expert.hidden)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.compiled = False, {}
 
     def prefix(
         self,
@@ -191,14 +196,9 @@ class Network(nn.Module):
         room = 0 if not in_place else -(-(length + 1 + horizon) // 16) * 16 - length
         cache, layers = [], self.language_model.layers
 
-        def run(index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            layer = layers[index]
-            q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), *turn)
-            # the last layer's output influences no action
-            return layer.finish(x, joint_attention(q, k, v, bias)) if final or index < len(layers) - 1 else x, k, v
-
-        for index in range(len(layers)):
-            x, k, v = checkpoint(run, index, x, use_reentrant=False) if self.gradient_checkpointing and self.training else run(index, x)
+        for index, layer in enumerate(layers):
+            # no action depends on what the last layer makes of its own keys
+            x, k, v = through(self, layer, x, *turn, bias, not final and index == len(layers) - 1)
             cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) if room else (k, v))
         seen = attention_mask(mask, horizon)
         seen = F.pad(seen, (0, room - 1 - horizon)) if room else seen
@@ -207,12 +207,14 @@ class Network(nn.Module):
         return Prefix(cache, mask, after, attention_bias(seen, group, self.action_in_proj.weight.dtype), hidden)
 
     def modulations(self, time: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
-        """t [R] -> time embedding [R, C] in the weights' type, and each expert layer's two (scale, shift) pairs [R, 1, C]."""
+        """t [R] -> time embedding [R, C] in the weights' type, and each expert layer's two (scale, shift) pairs [R, 1, C] float32."""
         weight = self.action_time_mlp_in.weight
         embedding = time_embedding(time, weight.shape[0]).to(weight.dtype)
-        return embedding, [
-            tuple(norm.modulation(embedding) for norm in (layer.input_layernorm, layer.post_attention_layernorm)) for layer in self.expert.layers
-        ]
+        layers = self.expert.modulating()
+        packed = joined(layers[0])
+        rows = F.linear(embedding, *packed).chunk(len(layers), -1) if packed else [layer(embedding) for layer in layers]
+        pairs = [(1 + gamma.float()[:, None], beta.float()[:, None]) for gamma, beta in zip(rows[::2], rows[1::2], strict=True)]
+        return embedding, list(zip(pairs[::2], pairs[1::2], strict=True))
 
     def suffix(self, prefix: Prefix, state: torch.Tensor, x_t: torch.Tensor, modulations: tuple[torch.Tensor, list[tuple]]) -> torch.Tensor:
         """state [B, width], x_t [B, H, width] -> the expert's features at the action tokens [B, H, C]; `velocity` reads them."""
@@ -223,12 +225,17 @@ class Network(nn.Module):
         x = torch.cat([self.state_proj(state.to(dtype))[:, None], self.action_time_mlp_out(F.silu(actions))], 1)  # [B, 1 + H, C]
         length = prefix.mask.shape[1]
         for layer, modulation, before in zip(self.expert.layers, per_layer, prefix.cache, strict=True):
-            arguments = (x, modulation, prefix.turn, before, length, prefix.bias)
-            x = checkpoint(layer, *arguments, use_reentrant=False) if self.gradient_checkpointing and self.training else layer(*arguments)
+            x = through(self, layer, x, modulation, prefix.turn, before, length, prefix.bias)
         return self.expert.norm(x)[:, 1:]
 
     def velocity(self, features: torch.Tensor) -> torch.Tensor:
         return self.action_out_proj(features).float()
+
+
+def pack_all(policy: nn.Module) -> None:
+    """Lay out what reads the same input in one block each, for inference."""
+    pack(policy)
+    lay_out(policy.model.expert.modulating())
 
 
 def checkpoint_name(name: str) -> str:
@@ -348,6 +355,7 @@ class Config:
     execute: int = 50  # of which this many run before the next prediction
     image_size: tuple[int, int] = (224, 224)  # height, width that every view is squeezed to, as Pillow's bilinear resize does it
     max_text: int = 72  # tokens of the instruction; longer ones are cut
+    acceleration: Mode = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
     loss: Literal["l1", "mse"] = "l1"
 
     denoising_steps: int = 10  # of predict, along the ODE
@@ -409,6 +417,11 @@ class LingBotPolicy(Policy):
                     adapted.requires_grad_(False)
                     lora.add(adapted, config.lora_rank, config.lora_alpha)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._fast = Acceleration(self, self.denoise_all, pack_all, (DecoderLayer, ExpertLayer, VisionBlock))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        self._fast.release()  # parameters move
+        return super()._apply(fn, recurse)
 
     # -------------------------------------------------------------------------------------------- inputs
 
@@ -471,8 +484,9 @@ class LingBotPolicy(Policy):
         value = None if self.value_head is None else self.value_head(features.mean(1)).float()
         return flow.Denoised(self.model.velocity(features), spread, value)
 
-    def denoise_all(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> flow.Walk:
-        """Trimmed inputs and noise x [B, H, width] at t = 1 -> the whole run. Looks at no value, so that it can be captured in one CUDA graph."""
+    def denoise_all(self, inputs: Trace) -> Trace:
+        """Trimmed inputs, x [B, H, width] at t = 1, the schedule's tables and its noise -> the whole walk. Looks at no value, so that it can be captured."""
+        plan = flow.Schedule(*(inputs[name] for name in ("time", "keep", "move", "spread")))
         prefix = self.encode(inputs)
         embedding, per_layer = self.model.modulations(plan.time)  # of all steps at once: they do not depend on the batch
         steps = iter(range(len(plan.time)))  # walk asks for the steps in order
@@ -482,10 +496,13 @@ class LingBotPolicy(Policy):
             here = embedding[row : row + 1], [[tuple(part[row : row + 1] for part in norm) for norm in layer] for layer in per_layer]
             return self.denoised(self.model.suffix(prefix, inputs["state"], x, here))
 
-        return flow.walk(denoise, x, plan, noise)
+        walk = flow.walk(denoise, inputs["x"], plan, inputs.get("noise"))
+        return {name: tensor for name, tensor in vars(walk).items() if tensor is not None}
 
     def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> flow.Walk:
-        return self.denoise_all(self.trimmed(inputs), x, plan.to(self.device), noise)
+        given = {**self.trimmed(inputs), "x": x, **vars(plan.to(self.device)), **({} if noise is None else {"noise": noise})}
+        done = self._fast(given, self.config.acceleration)
+        return flow.Walk(*(done.get(name) for name in ("chain", "spread", "mean", "value")))
 
     # -------------------------------------------------------------------------------------------- the contract
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -26,11 +26,24 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
+from vlahub_policies.parts.acceleration import Acceleration, Mode
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
 from vlahub_policies.parts.normalize import Statistics
 from vlahub_policies.parts.qwen_text import END, IMAGE, PAD, START, VISION_END, VISION_START
-from vlahub_policies.parts.qwen_vl import TextConfig, TextModel, VisionConfig, VisionTower, patchify, positions_of, read_config
+from vlahub_policies.parts.qwen_vl import (
+    DecoderLayer,
+    TextConfig,
+    TextModel,
+    VisionBlock,
+    VisionConfig,
+    VisionTower,
+    constant,
+    pack,
+    patchify,
+    positions_of,
+    read_config,
+)
 
 ACTION_TOKEN = "🔍"  # one rare character that Qwen's vocabulary holds as one token
 
@@ -88,7 +101,7 @@ class ActionCodec:
         low, high, scaled, _, _ = self._tables(actions)
         if self.release == "1.2":
             actions = actions.clamp(-1, 1)
-        switches = torch.tensor(self.switches, device=actions.device)
+        switches = constant(self.switches, torch.bool, actions.device)
         opening = (actions >= 0.5) if self.release == "1.2" else (actions > 0.5)
         return torch.where(scaled, 0.5 * (actions + 1) * (high - low) + low, torch.where(switches, opening.to(actions.dtype), actions))
 
@@ -110,9 +123,10 @@ class ActionCodec:
         return torch.where(scaled, unit, data)
 
     def _tables(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        numbers = [[math.nan if entry is None else entry for entry in row] for row in (self.low, self.high, self.opened, self.closed)]
-        low, high, opened, closed = torch.tensor(numbers, dtype=like.dtype, device=like.device)
-        return low, high, torch.tensor(self.scaled, device=like.device), opened, closed
+        """low, high, scaled, opened, closed, each [D]; NaN stands for None."""
+        numbers = (tuple(math.nan if entry is None else entry for entry in row) for row in (self.low, self.high, self.opened, self.closed))
+        low, high, opened, closed = (constant(row, like.dtype, like.device) for row in numbers)
+        return low, high, constant(self.scaled, torch.bool, like.device), opened, closed
 
 
 def _gripper_numbers(interface: Interface) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
@@ -182,6 +196,7 @@ class Config:
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # as Pillow's Image.resize does it; training data was resized bicubically
     template: str | None = None  # the run's CoT_prompt
     max_text: int = 160  # tokens of text behind the images that a prompt may have; rollouts store this many
+    acceleration: Mode = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
     log_std: float = -2.5  # where exploration starts: a standard deviation of 0.08 in normalised action space
     gripper_likelihood: Literal["switch", "gaussian"] = "switch"  # see QwenOFTPolicy._score
     value_head: bool = False
@@ -226,6 +241,11 @@ class QwenOFTPolicy(Policy):
                     adapted.requires_grad_(False)
                     lora.add(adapted, config.lora_rank, config.lora_alpha)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._fast = Acceleration(self, self.decide, pack, (DecoderLayer, VisionBlock))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        self._fast.release()  # parameters move
+        return super()._apply(fn, recurse)
 
     # -------------------------------------------------------------------------------------------- inputs
 
@@ -297,13 +317,19 @@ class QwenOFTPolicy(Policy):
         return hidden.gather(1, index[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
 
     def forward(self, inputs: Trace) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Prepared inputs -> the regression [B, chunk, D] float32 in normalised action space, and the value [B, 1] if there is a value head."""
+        """Prepared inputs -> the regression [B, horizon, D] float32 in normalised action space, and the value [B, 1] if there is a value head."""
         longest = int((inputs["tokens"] != self.pad_id).sum(1).max())
         length = min(-(-longest // 32) * 32, inputs["tokens"].shape[1])  # in steps of 32, so that few shapes occur
-        tokens, positions = inputs["tokens"][:, :length], inputs["positions"][..., :length]
-        queries = self.queries(tokens, self.hidden(tokens, positions, self.embed_images(inputs["images"]).flatten(0, 1)))
-        value = None if self.value_head is None else self.value_head(queries.mean(1)).float()
-        return self.action_model(queries).float(), value
+        given = {"images": inputs["images"], "tokens": inputs["tokens"][:, :length], "positions": inputs["positions"][..., :length]}
+        done = self._fast(given, self.config.acceleration)
+        return done["mean"], done.get("value")
+
+    def decide(self, inputs: Trace) -> Trace:
+        """`forward` without a look at any value, so that it can be captured."""
+        tokens = inputs["tokens"]
+        queries = self.queries(tokens, self.hidden(tokens, inputs["positions"], self.embed_images(inputs["images"]).flatten(0, 1)))
+        mean = self.action_model(queries).float()
+        return {"mean": mean} if self.value_head is None else {"mean": mean, "value": self.value_head(queries.mean(1)).float()}
 
     # -------------------------------------------------------------------------------------------- the contract
 
@@ -338,8 +364,8 @@ class QwenOFTPolicy(Policy):
         """
         std = self.log_std.float().exp().expand_as(mean)
         log_prob, entropy = normal_log_prob(actions, mean, std), normal_entropy(std)
-        switches = torch.tensor(self.config.codec.switches, device=mean.device)
-        if self.config.gripper_likelihood == "gaussian" or not switches.any():
+        switches = constant(self.config.codec.switches, torch.bool, mean.device)
+        if self.config.gripper_likelihood == "gaussian" or not any(self.config.codec.switches):
             return log_prob, entropy
         margin = (mean - 0.5) / std
         opens, closes = torch.special.log_ndtr(margin), torch.special.log_ndtr(-margin)

@@ -23,9 +23,9 @@ def resize(images: torch.Tensor, size: tuple[int, int], kernel: Kernel) -> torch
     (H, W), (h, w) = images.shape[1:3], size
     # columns first, then rows, rounding to whole grey levels in between, as Pillow does
     if W != w:
-        images = _to_grey_levels(torch.einsum("nhwc,vw->nhvc", images.double(), weights(W, w, kernel).to(images.device)))
+        images = _to_grey_levels(torch.einsum("nhwc,vw->nhvc", images.double(), weights(W, w, kernel, images.device)))
     if H != h:
-        images = _to_grey_levels(torch.einsum("nhwc,uh->nuwc", images.double(), weights(H, h, kernel).to(images.device)))
+        images = _to_grey_levels(torch.einsum("nhwc,uh->nuwc", images.double(), weights(H, h, kernel, images.device)))
     return images
 
 
@@ -34,12 +34,12 @@ def _to_grey_levels(scaled: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def weights(old: int, new: int, kernel: Kernel) -> torch.Tensor:
+def weights(old: int, new: int, kernel: Kernel, device: torch.device) -> torch.Tensor:
     """[new, old] whole numbers in float64: the share of each old pixel in each new one, times 2^22."""
     scale = old / new
     stretch = max(scale, 1.0)  # when shrinking, the kernel grows with the scale, so that every pixel counts
     support = {"bilinear": 1.0, "bicubic": 2.0}[kernel] * stretch
-    table = torch.zeros(new, old, dtype=torch.float64)
+    table = torch.zeros(new, old, dtype=torch.float64, device="cpu")
     for i in range(new):
         centre = (i + 0.5) * scale
         first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), old)
@@ -48,7 +48,7 @@ def weights(old: int, new: int, kernel: Kernel) -> torch.Tensor:
         for j, share in zip(range(first, last), row, strict=True):
             scaled = share / total * 2**BITS
             table[i, j] = math.floor(scaled + 0.5) if scaled >= 0 else math.ceil(scaled - 0.5)
-    return table
+    return table.to(device)
 
 
 def _shape(x: float, kernel: Kernel) -> float:

@@ -6,6 +6,7 @@ one, joint attention with one-dimensional positions in the other), so attention 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from vlahub_policies.parts.packing import joined, lay_out
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,31 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        packed = joined(self.gate_proj)
+        gate, up = F.linear(x, *packed).chunk(2, -1) if packed else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
+
+
+def through(owner: nn.Module, layer: nn.Module, *inputs: Any) -> Any:
+    """Run one of the owner's layers: recomputed in the backward pass, compiled, or as it is."""
+    if torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False) if owner.gradient_checkpointing else layer(*inputs)
+    compiled = owner.compiled.get(type(layer))
+    return compiled(layer, *inputs) if compiled else layer(*inputs)
+
+
+def pack(module: nn.Module) -> None:
+    """q/k/v and gate/up matrices of every attention and MLP as one block each, for inference."""
+    for part in module.modules():
+        groups = {SelfAttention: ("q_proj", "k_proj", "v_proj"), GatedMLP: ("gate_proj", "up_proj")}.get(type(part))
+        if groups:
+            lay_out([getattr(part, name) for name in groups])
+
+
+@functools.cache
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of numbers known in advance, made once per device: a copy from the host can be no part of a CUDA graph."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -217,7 +244,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.compiled = False, {}
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
         self.merger = PatchMerger(config)
@@ -231,7 +258,7 @@ class VisionTower(nn.Module):
         x = x.unflatten(1, (-1, cell))[:, order].flatten(1, 2)
         for index, block in enumerate(self.blocks):
             here = (1, None) if index in self.config.full_attention else (windows, mask)
-            x = checkpoint(block, x, cos, sin, *here, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, cos, sin, *here)
+            x = through(self, block, x, cos, sin, *here)
         return self.merger(x)[:, inverse]
 
     def _layout(self, grid: tuple[int, int], device: torch.device) -> tuple:
@@ -271,7 +298,8 @@ def patchify(images: torch.Tensor, config: VisionConfig) -> torch.Tensor:
     N, H, W, _ = images.shape
     p, m = config.patch, config.merge
     # CLIP's channel means and standard deviations, folded with the scale 1 / 255 exactly as Qwen's image processor folds them
-    mean, std = (torch.tensor(v, device=images.device) * 255.0 for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    mean, std = (constant(numbers, torch.float32, images.device) * 255.0 for numbers in clip)
     x = (images.float() - mean) / std
     x = x.reshape(N, H // p // m, m, p, W // p // m, m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # [N, h/m, w/m, m, m, 3, p, p]
     return x.unsqueeze(6).expand(*x.shape[:6], config.frames, p, p).reshape(N, (H // p) * (W // p), -1)
@@ -293,7 +321,9 @@ class SelfAttention(nn.Module):
 
     def qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, L, C] -> q [B, H, L, d], k and v [B, G, L, d]; q and k rotated."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        packed, layers = joined(self.q_proj), (self.q_proj, self.k_proj, self.v_proj)
+        parts = F.linear(x, *packed).split([layer.out_features for layer in layers], -1) if packed else [layer(x) for layer in layers]
+        q, k, v = (part.unflatten(-1, (-1, self.head)).transpose(1, 2) for part in parts)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def out(self, attended: torch.Tensor) -> torch.Tensor:
@@ -308,22 +338,26 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden, config.eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Causal attention."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
-        return self.finish(x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, L, C] -> the next x, and this layer's rotated keys and values [B, G, L, d]. Causal unless `bias` says otherwise.
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The layer behind its attention."""
-        x = x + self.self_attn.out(attended)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        `last` stops at the keys and values and returns x as it came.
+        """
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        if not last:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) if bias is None else joint_attention(q, k, v, bias)
+            x = x + self.self_attn.out(attended)
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, k, v
 
 
 class TextModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.compiled = False, {}
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
         nn.init.normal_(self.embed_tokens.weight, std=config.hidden**-0.5)  # fresh tokens as loud as fresh layers
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.layers)])
@@ -336,14 +370,12 @@ class TextModel(nn.Module):
         """
         cos, sin = self.rotary(positions)
         for layer in self.layers:
-            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if self.gradient_checkpointing and self.training else layer(x, cos, sin)
+            x, _, _ = through(self, layer, x, cos, sin)
         return self.norm(x)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [B, 3, L] (time, height, width) -> cos, sin [B, 1, L, d / 2] float32; each frequency belongs to one of the three axes."""
-        axes = torch.repeat_interleave(
-            torch.arange(3, device=positions.device), torch.tensor(self.config.rope_sections, device=positions.device), output_size=self.config.head // 2
-        )
+        axes = constant(tuple(axis for axis, count in enumerate(self.config.rope_sections) for _ in range(count)), torch.long, positions.device)
         angles = positions.float()[:, axes].transpose(1, 2) * frequencies(self.config.head // 2, self.config.rope_base, positions.device)
         return angles.cos()[:, None], angles.sin()[:, None]
 

@@ -75,6 +75,8 @@ class TimeNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.gamma, self.beta = nn.Linear(width, width), nn.Linear(width, width)
         self.eps = eps
+        for part in (*self.gamma.parameters(), *self.beta.parameters()):
+            nn.init.zeros_(part)  # fresh norms start as plain ones
 
     def forward(self, x: torch.Tensor, modulation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         scale, shift = modulation
@@ -630,8 +632,8 @@ EMBEDDING = "model.qwenvl_with_expert.qwenvl.model.embed_tokens.weight"
 
 def find_model(folder: Path) -> Path:
     """The folder with weights and config.json: itself, one that a download nested inside, or the last checkpoint of a training run."""
-    for pattern in (".", "*", "*/*"):
-        found = [path for path in sorted(folder.glob(pattern)) if path.is_dir() and (path / hub.CONFIG).exists() and any(path.glob("*.safetensors"))]
+    for places in ([folder], sorted(folder.glob("*")), sorted(folder.glob("*/*"))):
+        found = [path for path in places if path.is_dir() and (path / hub.CONFIG).exists() and any(path.glob("*.safetensors"))]
         if len(found) == 1:
             return found[0]
         if found:
@@ -698,7 +700,8 @@ def read_model(
     mlp, hidden = weights.shape(expert)
     interface = options.pop("interface", None)
     joints, robot = read_joints(model, settings, norm_stats, layout, width, interface)
-    size = settings.get("resize_imgs_with_padding") or (224, 224)
+    size = settings.get("resize_imgs_with_padding") or settings.get("img_size") or 224
+    size = (size, size) if isinstance(size, int) else size
     chunk = settings.get("chunk_size", 50)
     loss = {"L1_fm": "l1", "fm": "mse"}.get(settings.get("loss_type", "fm"))
     if loss is None:

@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vlahub.hub import CheckpointError
 from vlahub_policies.pi0 import Pi0Config, Pi0Policy
 
 # published name -> the name in pi0.py; the first prefix that fits wins
@@ -54,3 +56,20 @@ class DexboticPolicy(Pi0Policy):
             if name.startswith(published):
                 return ours + name.removeprefix(published)
         return name
+
+    @classmethod
+    def published_entries(cls, config: Mapping[str, Any], robot: str, pi05: bool, action_dim: int) -> dict[str, Any]:
+        if robot != "libero":
+            raise CheckpointError(f"Dexbotic's published pi0 is trained for LIBERO and ManiSkill tables, not for {robot!r}; pass interface= and relative=")
+        for key, expected in (("image_aspect_ratio", "pad"), ("mm_projector_type", "linear")):
+            if config.get(key, expected) != expected:
+                raise CheckpointError(f"config.json has {key} {config[key]!r}; this policy knows {expected!r}")
+        entries = {
+            "horizon": config.get("chunk_size", 50),
+            "execute": 5,
+            "max_token_len": config.get("tokenizer_model_max_length", 200 if pi05 else 48),
+            "relative": tuple(i for i in range(action_dim) if i != NOT_RELATIVE),
+        }
+        if pi05:  # its LIBERO training uses a chunk of 10, increments as they are, and mean / std
+            entries["relative"] = ()
+        return entries

@@ -27,7 +27,7 @@ from vlahub.hub import CheckpointError
 from vlahub.interface import Interface
 from vlahub.observation import Observation, batch_size, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
-from vlahub_policies.parts import capture, flow, images, lora, randomness, text
+from vlahub_policies.parts import aloha, capture, flow, images, lora, randomness, text
 from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
@@ -54,6 +54,7 @@ class Pi0Config:
     quantile: bool = False  # normalise by the 1 % and 99 % quantiles instead of mean and standard deviation
     pad_first: bool = False  # pad states and actions to action_dim before they are normalised (Dexbotic, RLinf's Franka data), not after
     relative: tuple[int, ...] = ()  # action dimensions that the network predicts relative to the state at the start of the chunk
+    aloha_units: bool = False  # turn Aloha's joint signs and gripper units into those of the pre-training data, and back (openpi's adapt_to_pi)
     state_in_prompt: bool = False  # pi0.5: write the state into the prompt
     resize: Literal["openpi", "lerobot", "dexbotic"] = "openpi"
     augment: bool = True  # train on cropped, turned and recoloured images, as openpi does
@@ -89,6 +90,8 @@ class Pi0Config:
             raise ValueError("state_in_prompt is a form of pi0.5; pi0 has a state token")
         if self.relative and max(self.relative) >= self.action_dim:
             raise ValueError(f"relative names action dimension {max(self.relative)}, but there are {self.action_dim}")
+        if self.aloha_units and (self.interface.state_dim, self.interface.action_dim) != (14, 14):
+            raise ValueError("aloha_units needs the 14 numbers of an Aloha: two arms of 6 joints and a gripper")
         if self.keep_prefix and not self.train_expert_only:
             raise ValueError("keep_prefix needs train_expert_only: keys and values of a prefix that is trained go out of date")
         for name, choices in (
@@ -293,6 +296,7 @@ class Pi0Policy(Policy):
         if self.interface.state and observation["states"].shape[1] != self.interface.state_dim:
             raise ValueError(f"observation['states'] has {observation['states'].shape[1]} numbers, this policy expects {self.interface.state_dim}")
         raw = observation["states"][:, : self.interface.state_dim]
+        raw = aloha.state_to_pi(raw) if config.aloha_units else raw
         state = self._normalize(raw, "state")
         if config.state_in_prompt:
             native = state[:, : self.interface.state_dim].cpu().numpy()
@@ -340,6 +344,7 @@ class Pi0Policy(Policy):
 
     def _from_robot(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """actions [B, T, D] and state [B, S] in the robot's units -> what the network is trained on, [B, T, A]."""
+        actions = aloha.actions_to_pi(actions) if self.config.aloha_units else actions
         width = self.config.action_dim if self.config.pad_first else actions.shape[-1]
         actions = F.pad(actions, (0, width - actions.shape[-1]))
         offset = self._offset(state)[:, None, :width]
@@ -348,7 +353,8 @@ class Pi0Policy(Policy):
     def _to_robot(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """x [B, H, A] and state [B, S] in the robot's units -> actions [B, H, D] in the robot's units."""
         actions = unnormalize(x, self._moments("actions"), self.config.quantile) + self._offset(state)[:, None]
-        return actions[..., : self.interface.action_dim].float()
+        actions = actions[..., : self.interface.action_dim].float()
+        return aloha.actions_from_pi(actions) if self.config.aloha_units else actions
 
     def _offset(self, state: torch.Tensor) -> torch.Tensor:
         """[B, S] -> [B, A]: the state at the dimensions whose actions are relative to it, 0 elsewhere."""
@@ -548,6 +554,10 @@ class Pi0Policy(Policy):
             self.to(dtype)
         return self
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._release()  # `assign` replaces parameters
+        return super().load_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         self._release()  # parameters move
         return super()._apply(fn, recurse)
@@ -556,10 +566,23 @@ class Pi0Policy(Policy):
 
     @staticmethod
     def rename(name: str) -> str | None:
-        """A tensor's name in the published files -> its name here; None for what no forward pass reads."""
+        """A tensor's name in the files of openpi, RLinf and lerobot -> its name here; None for what no forward pass reads."""
         bare = name.removeprefix("model.")  # lerobot's own saves have it
         name = bare if bare.startswith(OPENPI_TOP) else name
         return None if name in UNUSED else EMBEDDING if name == EMBEDDING_ALIAS else name
+
+    @classmethod
+    def from_published(cls, folder: Path, *, device: torch.device | str, dtype: torch.dtype | None, **options: Any) -> Self:
+        from vlahub_policies import pi0_folders
+
+        return pi0_folders.load(cls, folder, device=device, dtype=dtype, **options)
+
+    @classmethod
+    def published_entries(cls, config: Mapping[str, Any], robot: str, pi05: bool, action_dim: int) -> dict[str, Any]:
+        """What a published folder's config.json and robot say about the entries of Config."""
+        from vlahub_policies import pi0_folders
+
+        return pi0_folders.entries_of(config, robot, pi05)
 
     @classmethod
     def from_config(cls, config: Pi0Config, folder: Path | None = None) -> Self:

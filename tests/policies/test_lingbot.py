@@ -276,7 +276,11 @@ def test_missing_pieces_are_named(base, tmp_path):
 
 
 def test_what_cannot_be_reproduced_is_refused(base, tmp_path):
-    for name, value, message in (("norm_type", "bounds_12", "norm_type 'bounds_12' is not supported"), ("vlm_causal", True, "vlm_causal=True"), ("loss_type", "l7", "loss_type 'l7'")):
+    for name, value, message in (
+        ("norm_type", "bounds_12", "norm_type 'bounds_12' is not supported"),
+        ("vlm_causal", True, "vlm_causal=True"),
+        ("loss_type", "l7", "loss_type 'l7'"),
+    ):
         folder = tmp_path / name
         released(folder, in_yaml={name: value})
         record = yaml.safe_load((folder / "lingbotvla_cli.yaml").read_text())
@@ -296,7 +300,11 @@ def test_contradictions_between_config_and_yaml_are_told(base, tmp_path):
 
 def test_flat_statistics_need_a_robot_they_fit(base, tmp_path):
     folder = tmp_path / "model"
-    made = tiny(robots.LIBERO, joints=Joints(Statistics(*[Moments(mean=(0.0,) * size, std=(1.0,) * size) for size in (8, 7)]), tuple(range(8)), tuple(range(7)), 20, False), horizon=6)
+    made = tiny(
+        robots.LIBERO,
+        joints=Joints(Statistics(*[Moments(mean=(0.0,) * size, std=(1.0,) * size) for size in (8, 7)]), tuple(range(8)), tuple(range(7)), 20, False),
+        horizon=6,
+    )
     flat = {name: {"mean": [0.1] * 32, "std": [2.0] * 32} for name in ("state", "actions")}
     layouts.lingbot_folder(folder, made, tokenizer_path="Qwen2.5-VL-3B-Instruct", statistics=flat)
     record = yaml.safe_load((folder / "lingbotvla_cli.yaml").read_text())

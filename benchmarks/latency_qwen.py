@@ -178,9 +178,6 @@ class StarVLAPeer:
     def act(self, observation: dict) -> np.ndarray:
         return self.policy.config.codec.decode(self.network(self.prepare(observation))).cpu().numpy()
 
-    def rename(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
-
 
 class LingBotPeer:
     """What LingBot's server does for one request, on transformers' models: Qwen's own prefix pass, then the Euler steps of a Qwen2 of the expert's size."""
@@ -229,7 +226,7 @@ class LingBotPeer:
             actions = net.action_time_mlp_out(torch.nn.functional.silu(net.action_time_mlp_in(torch.cat([actions, embedding[:, None].expand_as(actions)], -1))))
             suffix = torch.cat([net.state_proj(inputs["state"].bfloat16())[:, None], actions], 1)
             out = self.expert(inputs_embeds=suffix, past_key_values=cache, use_cache=True).last_hidden_state
-            cache.crop(x.shape[1])
+            cache.crop(-suffix.shape[1])
             noisy = noisy - net.velocity(out[:, 1:]) / steps
         return noisy
 
@@ -276,11 +273,15 @@ def run_family(family: str, device: str, tiny: bool, batches: list[int], peers: 
     if family == "starvla":
         robot = replace(robots.LIBERO, state=(), optional_cameras=())
         codec = ActionCodec((-1.0,) * 7, (1.0,) * 7, (True,) * 6 + (False,), (None,) * 6 + (-1.0,), (None,) * 6 + (1.0,))
-        policy = QwenOFTPolicy.tiny(robot) if tiny else built(lambda: QwenOFTPolicy(starvla.Config(robot, codec, template=TEMPLATE), words), device)
+        policy = (
+            QwenOFTPolicy.tiny(robot, codec=codec).bfloat16()
+            if tiny
+            else built(lambda: QwenOFTPolicy(starvla.Config(robot, codec, template=TEMPLATE), words), device)
+        )
     else:
         joints = Joints(Statistics.identity(14, 14), LAYOUTS["unified"], LAYOUTS["unified"])
         config = lingbot.Config(robots.ROBOTWIN, joints, max_text=24)
-        policy = LingBotPolicy.tiny(robots.ROBOTWIN) if tiny else built(lambda: LingBotPolicy(config, words), device)
+        policy = LingBotPolicy.tiny(robots.ROBOTWIN).bfloat16() if tiny else built(lambda: LingBotPolicy(config, words), device)
     print(f"{family}: {numbers(policy) / 1e9:.2f} B parameters built in {time.perf_counter() - start:.1f} s", flush=True)
     if device == "cuda":
         print(f"         {torch.cuda.memory_allocated() / 2**30:.1f} GiB of weights", flush=True)

@@ -580,7 +580,7 @@ class LingBotPolicy(Policy):
             interface=interface,
             joints=Joints(identity, tuple(range(state)), tuple(range(action)), max(state, action), quantile=False),
             vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
-            text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256),
+            text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_sections=(4, 6, 6)),
             expert=ExpertConfig(64, 160),
             horizon=10,
             execute=5,

@@ -14,6 +14,7 @@ from vlahub.policy import Policy
 from vlahub_policies import starvla
 from vlahub_policies.parts import qwen_text, robots
 from vlahub_policies.parts.normalize import Moments, Statistics
+from vlahub_policies.parts.qwen_vl import VisionConfig, pack
 from vlahub_policies.starvla import ACTION_TOKEN, ActionCodec, QwenOFTPolicy
 
 LIBERO = replace(robots.LIBERO, state=(), optional_cameras=())
@@ -167,6 +168,23 @@ def test_statistics_of_another_dataset_change_the_scale():
     assert policy.config.codec.low == quantiles.q01
     with pytest.raises(ValueError, match="no quantiles"):
         policy.set_statistics(Statistics(Moments(), Moments(mean=(0.0,) * 7, std=(1.0,) * 7)))
+
+
+def test_packed_weights_give_the_same_actions(tmp_path):
+    odd = tiny(vision=VisionConfig(2, 32, 2, 44, window=56, full_attention=(1,), out=128))  # 44 hidden units are no multiple of 8
+    expected, names = odd.act(looks(LIBERO)), {name: tensor.clone() for name, tensor in odd.state_dict().items()}
+    pack(odd)
+    assert odd.visual.blocks[0].mlp.down_proj.wide.shape == (32, 48) and hasattr(odd.language_model.layers[0].self_attn.q_proj, "packed")
+    assert np.allclose(odd.act(looks(LIBERO)), expected, atol=1e-5)
+    assert all(torch.equal(tensor, names[name]) for name, tensor in odd.state_dict().items())
+    odd.save_pretrained(tmp_path)
+    assert np.allclose(Policy.from_pretrained(tmp_path).act(looks(LIBERO)), expected, atol=1e-5)
+    odd.visual.blocks[0].mlp.down_proj.weight.data.mul_(2)  # a change in place shows
+    assert not np.allclose(odd.act(looks(LIBERO)), expected, atol=1e-4)
+    loss = odd.train().sft_loss({**looks(LIBERO), "actions": np.zeros((3, 8, 7), np.float32)})
+    loss.backward()
+    assert odd.visual.blocks[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert not hasattr(odd.double().visual.blocks[0].mlp.down_proj, "wide")  # a change of type forgets the blocks
 
 
 # ------------------------------------------------------------------------------------------------ actions and text

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 
-def lay_out(layers: Sequence[nn.Linear]) -> None:
-    """Put the layers' matrices behind one another in memory, once, for inference.
+def lay_out(layers: Sequence[nn.Linear], multiple: int = 1) -> None:
+    """Put the layers' matrices behind one another in memory, once, for inference; each takes a multiple of `multiple` rows, the further ones being zero.
 
     The parameters stay what they are (same names, trainable, saved apart); they become views of one block, so that changing them in place changes the block.
     Whoever replaces them (a move to another device or dtype) has to call `unpack` first.
@@ -22,8 +22,11 @@ def lay_out(layers: Sequence[nn.Linear]) -> None:
         if tensors[0] is None:
             blocks.append(None)
             continue
-        block = torch.cat([tensor.data for tensor in tensors])
-        for tensor, view in zip(tensors, block.split([len(tensor) for tensor in tensors]), strict=True):
+        rows = [-(-len(tensor) // multiple) * multiple for tensor in tensors]
+        block = torch.zeros(sum(rows), *tensors[0].shape[1:], dtype=tensors[0].dtype, device=tensors[0].device)
+        for tensor, place in zip(tensors, block.split(rows), strict=True):
+            view = place[: len(tensor)]
+            view.copy_(tensor.data)
             tensor.data = view
         blocks.append(block)
     layers[0].packed = blocks
@@ -34,7 +37,16 @@ def joined(first: nn.Linear) -> list[torch.Tensor] | None:
     return None if torch.is_grad_enabled() else getattr(first, "packed", None)
 
 
+def widen(layer: nn.Linear, multiple: int) -> None:
+    """Give a layer's matrix further zero columns, up to a multiple, as `layer.wide`: for inputs that `lay_out` has widened. The parameter becomes a view of it."""
+    if type(layer) is nn.Linear and layer.in_features % multiple and not hasattr(layer, "wide"):
+        layer.wide = nn.functional.pad(layer.weight.data, (0, -layer.in_features % multiple))
+        layer.weight.data = layer.wide[:, : layer.in_features]
+
+
 def unpack(module: nn.Module) -> None:
+    """Forget the blocks. The parameters keep their values."""
     for part in module.modules():
-        if hasattr(part, "packed"):
-            del part.packed
+        for name in ("packed", "wide"):
+            if hasattr(part, name):
+                delattr(part, name)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlahub_policies.parts.packing import joined, lay_out
+from vlahub_policies.parts.packing import joined, lay_out, widen
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,12 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed = joined(self.gate_proj)
-        gate, up = F.linear(x, *packed).chunk(2, -1) if packed else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(F.silu(gate) * up)
+        packed, down = joined(self.gate_proj), self.down_proj
+        if packed is None:
+            return down(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.linear(x, *packed).chunk(2, -1)
+        inner = F.silu(gate) * up
+        return F.linear(inner, down.wide, down.bias) if hasattr(down, "wide") else down(inner)
 
 
 def through(owner: nn.Module, layer: nn.Module, *inputs: Any) -> Any:
@@ -136,9 +139,12 @@ def through(owner: nn.Module, layer: nn.Module, *inputs: Any) -> Any:
 def pack(module: nn.Module) -> None:
     """q/k/v and gate/up matrices of every attention and MLP as one block each, for inference."""
     for part in module.modules():
-        groups = {SelfAttention: ("q_proj", "k_proj", "v_proj"), GatedMLP: ("gate_proj", "up_proj")}.get(type(part))
-        if groups:
-            lay_out([getattr(part, name) for name in groups])
+        if type(part) is SelfAttention:
+            lay_out([part.q_proj, part.k_proj, part.v_proj])
+        elif type(part) is GatedMLP and not any(type(layer) is not nn.Linear for layer in part.children()):
+            # tensor cores want multiples of 8 numbers, and the vision tower's 3420 is none
+            lay_out([part.gate_proj, part.up_proj], multiple=8)
+            widen(part.down_proj, 8)
 
 
 @functools.cache

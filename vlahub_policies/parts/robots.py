@@ -23,8 +23,6 @@ _ROBOTWIN_JOINTS = tuple(
     field for side in ("left", "right") for field in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
 )
 ROBOTWIN = Interface(main=Camera("head"), wrists=(Camera("left_wrist"), Camera("right_wrist")), state=_ROBOTWIN_JOINTS, action=_ROBOTWIN_JOINTS)
-<<<<<<< HEAD
-=======
 
 # RLinf's Franka data and the ManiSkill twin: the tool in the base frame; rotations are increments in the tool's own frame
 TWIN = Interface(
@@ -41,4 +39,3 @@ TWIN = Interface(
     ),
     control_hz=5,
 )
->>>>>>> pi0

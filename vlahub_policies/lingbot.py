@@ -11,7 +11,6 @@ Qwen's own are not used. The expert's norms are modulated by the time embedding.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -202,11 +201,16 @@ class Network(nn.Module):
             # no action depends on what the last layer makes of its own keys
             x, k, v = through(self, layer, x, *turn, bias, not final and index == len(layers) - 1)
             cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) if room else (k, v))
-        seen = attention_mask(mask, horizon)
-        seen = F.pad(seen, (0, room - 1 - horizon)) if room else seen
-        after = rotary(mask.long().sum(1, keepdim=True) + torch.arange(1 + horizon, device=x.device), self.text.head)
         hidden = self.language_model.norm(x) if final else None
-        return Prefix(cache, mask, after, attention_bias(seen, group, self.action_in_proj.weight.dtype), hidden)
+        return self.context(cache, mask, horizon, hidden)
+
+    def context(self, cache: list[tuple[torch.Tensor, torch.Tensor]], mask: torch.Tensor, horizon: int, hidden: torch.Tensor | None = None) -> Prefix:
+        """What `horizon` actions behind a prefix need besides its keys and values, made once for all layers and steps."""
+        seen = attention_mask(mask, horizon)
+        seen = F.pad(seen, (0, max(cache[0][0].shape[2] - seen.shape[-1], 0)))  # room in the cache that the suffix leaves empty
+        turn = rotary(mask.long().sum(1, keepdim=True) + torch.arange(1 + horizon, device=mask.device), self.text.head)
+        bias = attention_bias(seen, self.text.heads // self.text.kv_heads, self.action_in_proj.weight.dtype)
+        return Prefix(cache, mask, turn, bias, hidden)
 
     def modulations(self, time: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
         """t [R] -> time embedding [R, C] in the weights' type, and each expert layer's two (scale, shift) pairs [R, 1, C] float32."""
@@ -370,6 +374,7 @@ class Config:
 
     freeze_vision: bool = False
     train_expert_only: bool = True  # nothing of Qwen is trained; the expert, the projections and the heads are
+    keep_prefix: bool = False  # keep the frozen prefix's keys and values in the trace: evaluate skips Qwen (8 MB per decision at full size in bf16)
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: no LoRA; else adapters in the expert and, unless frozen, the decoder, which themselves stay as they are
     lora_alpha: float = 16.0
@@ -381,6 +386,8 @@ class Config:
             raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
         if self.noise_method not in flow.METHODS:
             raise ValueError(f"noise_method {self.noise_method!r} is unknown; known are {', '.join(flow.METHODS)}")
+        if self.keep_prefix and not self.train_expert_only:
+            raise ValueError("keep_prefix needs train_expert_only: keys and values of a prefix that is trained go out of date")
         self.vision.grid(self.image_size)
         sides = (("state", self.joints.state_columns, self.interface.state_dim), ("action", self.joints.action_columns, self.interface.action_dim))
         for name, columns, size in sides:
@@ -499,35 +506,54 @@ class LingBotPolicy(Policy):
             return self.denoised(self.model.suffix(prefix, inputs["state"], x, here))
 
         walk = flow.walk(denoise, inputs["x"], plan, inputs.get("noise"))
-        return {name: tensor for name, tensor in vars(walk).items() if tensor is not None}
+        done = {name: tensor for name, tensor in vars(walk).items() if tensor is not None}
+        return done | self._prefix_to_trace(prefix) if self.config.keep_prefix and "noise" in inputs else done
 
-    def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> flow.Walk:
+    def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> tuple[flow.Walk, Trace]:
+        """The walk, and what of the prefix goes into the trace."""
         given = {**self.trimmed(inputs), "x": x, **vars(plan.to(self.device)), **({} if noise is None else {"noise": noise})}
         done = self._fast(given, self.config.acceleration)
-        return flow.Walk(*(done.get(name) for name in ("chain", "spread", "mean", "value")))
+        return flow.Walk(*(done.pop(name, None) for name in ("chain", "spread", "mean", "value"))), done
+
+    def _prefix_to_trace(self, prefix: Prefix) -> Trace:
+        """Keys and values [B, layers, G, P, d] and mask [B, P], padded to the longest instruction so that traces of different calls can be joined."""
+        views = len(self.interface.cameras) * self.grid[0] * self.grid[1] // self.config.vision.merge**2
+        length, full = prefix.mask.shape[1], views + self.config.max_text
+        keys, values = (F.pad(torch.stack([pair[i][:, :, :length] for pair in prefix.cache], 1), (0, 0, 0, full - length)) for i in (0, 1))
+        return {"prefix_keys": keys, "prefix_values": values, "prefix_mask": F.pad(prefix.mask, (0, full - length))}
 
     # -------------------------------------------------------------------------------------------- the contract
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
         noise = randomness.normal(seeds, self._shape, flow.INITIAL, self.device)
-        walk = self._run(inputs, noise, flow.euler(self.config.denoising_steps), None)
+        walk, _ = self._run(inputs, noise, flow.euler(self.config.denoising_steps), None)
         return self.config.joints.actions_out(walk.chain[:, -1])
 
     @torch.no_grad()
     def sample(self, observation: Observation, seeds: torch.Tensor | None = None) -> Sample:
         inputs = self.prepare(observation)
         seeds = randomness.fresh_seeds(len(inputs["images"])) if seeds is None else seeds
-        run = functools.partial(self._run, inputs)
+        kept: Trace = {}
+
+        def run(x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> flow.Walk:
+            walk, of_prefix = self._run(inputs, x, plan, noise)
+            kept.update(of_prefix)
+            return walk
+
         actions, log_prob, value, trace = flow.explore(run, self._shape, seeds, self.config.exploration, self.device)
-        return Sample(self.config.joints.actions_out(actions), self._columns(log_prob), value, {**inputs, **trace})
+        return Sample(self.config.joints.actions_out(actions), self._columns(log_prob), value, {**inputs, **trace, **kept})
 
     def evaluate(self, trace: Trace) -> Evaluation:
         log_prob, entropy, value = flow.score(self._denoise(trace), trace, self.config.exploration)
         return Evaluation(self._columns(log_prob), self._columns(entropy), value)
 
     def _denoise(self, inputs: Trace) -> flow.Denoise:
-        prefix = self.encode(self.trimmed(inputs))
+        if "prefix_keys" in inputs:
+            cache = list(zip(inputs["prefix_keys"].unbind(1), inputs["prefix_values"].unbind(1), strict=True))
+            prefix = self.model.context(cache, inputs["prefix_mask"], self.horizon)
+        else:
+            prefix = self.encode(self.trimmed(inputs))
         return lambda x, time: self.denoised(self.model.suffix(prefix, inputs["state"], x, self.model.modulations(time)))
 
     @property

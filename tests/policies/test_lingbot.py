@@ -95,6 +95,24 @@ def test_evaluate_repeats_the_sample(options):
     assert not torch.allclose(policy.evaluate(sample.trace).log_prob, sample.log_prob, atol=1e-3)
 
 
+def test_a_kept_prefix_saves_qwen_and_changes_nothing():
+    policy = tiny(train_expert_only=True, keep_prefix=True, value_head=True)
+    first, second = (
+        policy.sample(looks(), SEEDS),
+        policy.sample({**looks(count=1), "task_descriptions": ["put the shoe on the mat, then move back and stop"]}, SEEDS[:1]),
+    )
+    joined = {key: torch.cat([first.trace[key], second.trace[key]]) for key in first.trace}  # prompts of different lengths
+    expected = torch.cat([first.log_prob, second.log_prob])
+    without = {key: value for key, value in joined.items() if not key.startswith("prefix")}
+    assert torch.allclose(policy.evaluate(without).log_prob, expected, atol=1e-5)
+    policy.model.language_model.embed_tokens.weight.data.zero_()  # the kept prefix is used: Qwen is not asked again
+    assert torch.allclose(policy.evaluate(joined).log_prob, expected, atol=1e-5)
+    policy.evaluate(joined).log_prob.sum().backward()
+    assert policy.model.expert.layers[0].self_attn.q_proj.weight.grad is not None and policy.model.visual.merger.ln_q.weight.grad is None
+    with pytest.raises(ValueError, match="keep_prefix needs train_expert_only"):
+        tiny(keep_prefix=True)
+
+
 def test_log_probabilities_are_of_the_channels_that_reach_the_robot():
     policy = checkpoint()
     sample = policy.sample(looks(), SEEDS)

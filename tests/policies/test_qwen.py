@@ -134,5 +134,5 @@ def test_a_tokenizer_that_splits_a_needed_token_is_refused():
 
 
 def test_another_base_model_is_refused():
-    with pytest.raises(ValueError, match="only qwen2_5_vl"):
+    with pytest.raises(CheckpointError, match="only qwen2_5_vl"):
         read_config({"model_type": "qwen3_vl"})

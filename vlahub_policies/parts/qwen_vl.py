@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vlahub.hub import CheckpointError
 from vlahub_policies.parts.packing import joined, lay_out, widen
 
 
@@ -67,7 +68,7 @@ def read_config(record: Mapping[str, Any]) -> tuple[VisionConfig, TextConfig]:
     """Qwen's config.json, as transformers 4 and 5 write it, as our two records."""
     kind = record.get("model_type")
     if kind != "qwen2_5_vl":
-        raise ValueError(f"config.json says model_type {kind!r}; only qwen2_5_vl is supported here")
+        raise CheckpointError(f"the base model's config.json says model_type {kind!r}; only qwen2_5_vl is supported")
     text, vision = {**record, **record.get("text_config", {})}, record["vision_config"]
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     heads = text["num_attention_heads"]

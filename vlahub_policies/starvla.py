@@ -412,7 +412,8 @@ class QwenOFTPolicy(Policy):
             interface=replace(interface, state=()),  # the model reads no state
             codec=ActionCodec(tuple(low.tolist()), tuple(high.tolist()), tuple(number is None for number in opened), opened, closed, binary=False),
             vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
-            text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_base=10000.0, rope_sections=(4, 6, 6)),
+            # a base of a million gives the width axis frequencies that a grid of 4 x 4 tokens cannot tell apart
+            text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_base=30.0, rope_sections=(4, 6, 6)),
             image_size=(112, 112),
         )
         return cls(Config(**{**sizes, **overrides}), tokenizer).eval()

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -57,9 +58,11 @@ def test_suggest():
     assert catalog.suggest("x", []) == "known are none"
 
 
-def test_ids_are_registered_once():
-    with pytest.raises(ValueError, match="'test/Point' is registered already"):
-        vlahub.register_env(POINT)
+def test_ids_are_registered_once(recwarn):
+    with pytest.raises(ValueError, match="'test/Point' is registered already, with another card"):
+        vlahub.register_env(dataclasses.replace(POINT, summary="another"))
+    vlahub.register_env(dataclasses.replace(POINT))  # the same card again, from a notebook cell, is no conflict
+    assert catalog.env_card("test/Point") is POINT and not recwarn
 
 
 def test_a_third_party_registers_families_and_policies(monkeypatch):

@@ -236,7 +236,7 @@ def load_tensors(
     """
     wanted = module.state_dict()
     report, chosen = KeyReport(), {}
-    tied = _tied(module)
+    aliases = tied(module)
     for name in weights:
         target = rename(name)
         if target is None or (target not in wanted and any(fnmatch.fnmatchcase(name, pattern) for pattern in may_ignore)):
@@ -251,14 +251,14 @@ def load_tensors(
                 report.mis_shaped.append(f"{name} {list(shape)} for {list(wanted[target].shape)}")
             chosen[target] = name
     for name in wanted:
-        if name not in chosen and not any(other in chosen for other in tied.get(name, ())):
+        if name not in chosen and not any(other in chosen for other in aliases.get(name, ())):
             (report.initialised if any(fnmatch.fnmatchcase(name, pattern) for pattern in may_miss) else report.missing).append(name)
     if report.refused():
         raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n" + "\n".join(f"  - {line}" for line in report.refused()))
     state = {target: weights[name].to(device=device, dtype=wanted[target].dtype) for target, name in chosen.items()}
     module.load_state_dict(state, strict=False, assign=True)
     report.loaded = len(state)
-    for name, group in tied.items():  # assign=True gave each name a parameter of its own
+    for name, group in aliases.items():  # assign=True gave each name a parameter of its own
         source_name = next((other for other in group if other in chosen), None)
         if source_name not in (None, name):
             owner, _, leaf = name.rpartition(".")
@@ -269,7 +269,7 @@ def load_tensors(
     return report
 
 
-def _tied(module: nn.Module) -> dict[str, list[str]]:
+def tied(module: nn.Module) -> dict[str, list[str]]:
     """Each parameter that has several names -> all of them."""
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

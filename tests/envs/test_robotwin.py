@@ -132,13 +132,13 @@ def test_layouts_follow_upstreams_draws():
     assert info["stands_for"] == f"A=050_bell/base{model}, a={'left' if x < 0 else 'right'}"
     env.reset(seed=4, options={"trial": 3})
     assert np.allclose(env.simulation.scene.things["bell"].position, [x, y, 0.741], atol=1e-6)
-    positions = np.array([ClickBellPosition(seed) for seed in range(200)])
+    positions = np.array([bell_position(seed) for seed in range(200)])
     assert (
         (np.abs(positions[:, 0]) >= 0.05).all() and (np.abs(positions[:, 0]) <= 0.25).all() and (positions[:, 1] <= 0).all() and (positions[:, 1] >= -0.2).all()
     )
 
 
-def ClickBellPosition(seed: int) -> np.ndarray:
+def bell_position(seed: int) -> np.ndarray:
     return Draws(seed).place(x=(-0.25, 0.25), y=(-0.2, 0.0), redraw_while=lambda position: abs(position[0]) < 0.05).p
 
 

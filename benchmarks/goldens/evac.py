@@ -1,0 +1,297 @@
+"""Goldens of the EVAC world model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from benchmarks.parity import Check, Golden, filled_state
+from vlahub_envs.evac import conditioning
+from vlahub_envs.evac.actions import ActionConverter
+from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
+from vlahub_envs.evac.clip import ClipConfig, clip_pixels
+from vlahub_envs.evac.model import WorldModel, WorldModelConfig
+from vlahub_envs.evac.resampler import ResamplerConfig
+from vlahub_envs.evac.reward import RewardClassifier
+from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
+from vlahub_envs.evac.unet import UNetConfig, VideoUNet
+
+
+def place(golden: Golden) -> Callable[[Golden], Iterable[Check]] | None:
+    if golden.path.parent.name != "evac":
+        return None
+    return RUNNERS.get(golden.path.stem)
+
+
+def close(golden: Golden, name: str, actual: torch.Tensor, atol: float = 1e-4, rtol: float = 1e-4) -> Check:
+    """`rtol` is of the expected tensor's absolute maximum, as the goldens define it."""
+    expected = golden.tensors[f"out.{name}"]
+    return Check(name, actual, expected, atol=atol + rtol * float(expected.abs().max()))
+
+
+def inputs(golden: Golden) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("in."): tensor for name, tensor in golden.tensors.items() if name.startswith("in.")}
+
+
+def load(module, golden, prefix):
+    state = filled_state({k: v for k, v in golden.meta["state_dict"].items() if k.startswith(prefix)}, golden.meta["seed"])
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items()}, strict=True)
+    return module.eval()
+
+
+def unet_config(record: dict) -> UNetConfig:
+    same = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "num_head_channels", "context_dim", "dropout")
+    return UNetConfig(
+        **{name: record[name] for name in same},
+        channel_mult=tuple(record["channel_mult"]),
+        attention_resolutions=tuple(record["attention_resolutions"]),
+    )
+
+
+def autoencoder_config(record: dict) -> AutoencoderConfig:
+    return AutoencoderConfig(record["ch"], tuple(record["ch_mult"]), record["num_res_blocks"], record["z_channels"])
+
+
+@torch.no_grad()
+def unet(golden: Golden) -> Iterable[Check]:
+    given, record = inputs(golden), golden.meta["config"]["unet"]
+    model = load(VideoUNet(unet_config(record)), golden, "model.diffusion_model.")
+    seen = {}
+    model.init_attn[0].register_forward_hook(lambda _, __, y: seen.update(after_init_attn=y))
+    model.middle_block[-1].register_forward_hook(lambda _, __, y: seen.update(after_middle=y))
+    views, chunk, frames = record["n_view"], record["chunk"], given["x"].shape[2]
+    yield close(golden, "temb", model.embed(given["timesteps"], given["fs"], given["domain_id"], frames, chunk))
+    context = model.read_context(given["context"], views)
+    y = model(given["x"], given["timesteps"], context, given["fs"], given["domain_id"], chunk, views)
+    for name in ("after_init_attn", "after_middle"):
+        yield close(golden, name, seen[name])
+    yield close(golden, "y", y)
+
+
+@torch.no_grad()
+def autoencoder(golden: Golden) -> Iterable[Check]:
+    given, record = inputs(golden), golden.meta["config"]["first_stage"]["ddconfig"]
+    model = load(Autoencoder(autoencoder_config(record)), golden, "first_stage_model.")
+    mean, logvar = model.posterior(given["image"])
+    yield close(golden, "mean", mean)
+    yield close(golden, "logvar", logvar)
+    yield close(golden, "moments", model.quant_conv(model.encoder(given["image"])))
+    yield close(golden, "encoded", model.encode(given["image"]))
+    yield close(golden, "decoded", model.decode(given["latent"]))
+
+
+def schedule_config(record: dict) -> ScheduleConfig:
+    return ScheduleConfig(record["timesteps"], record["linear_start"], record["linear_end"], record["base_scale"])
+
+
+def schedule(golden: Golden) -> Iterable[Check]:
+    def near(name: str, actual: np.ndarray) -> Check:
+        return Check(name, actual, golden.tensors[f"out.{name}"], atol=1e-12, rtol=1e-6)
+
+    mine = Schedule(schedule_config(golden.meta["config"]))
+    yield near("betas", mine.betas.astype(np.float32))
+    yield near("alphas_cumprod", mine.alphas_cumprod)
+    yield near("sqrt_alphas_cumprod", np.sqrt(mine.alphas_cumprod))
+    yield near("sqrt_one_minus_alphas_cumprod", np.sqrt(1 - mine.alphas_cumprod))
+    yield near("scale_arr", mine.scale)
+    for count in sorted({int(name.rpartition("_")[2]) for name in golden.tensors if name.startswith("out.timesteps_")}):
+        steps = mine.ddim(count)
+        for name in ("timesteps", "alphas", "alphas_prev", "sigmas", "scale", "scale_prev"):
+            yield near(f"{name}_{count}", getattr(steps, name))
+
+
+@torch.no_grad()
+def ddim(golden: Golden) -> Iterable[Check]:
+    given, config = inputs(golden), golden.meta["config"]
+    model = load(VideoUNet(unet_config(config["unet"])), golden, "model.diffusion_model.")
+    memory, chunk = config["n_previous"], config["chunk"]
+    parts = [given[name] for name in ("cond_latent", "mask", "traj_latent", "ray_d", "ray_o")]
+
+    def network(parts: list[torch.Tensor], context: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        read = model.read_context(context)
+
+        def call(x: torch.Tensor, step: int) -> torch.Tensor:
+            full = torch.cat([torch.cat([given["cond_latent"][:, :, :memory], x], dim=2), *parts], dim=1)
+            return model(full, torch.full((len(x),), step), read, given["fs"], given["domain_id"], chunk)
+
+        return call
+
+    conditional = network(parts, given["context"])
+    mask = given["mask"].clone()
+    mask[:, :, memory:] = 0
+    unconditional = network([parts[0] * mask, mask, *parts[2:]], given["context_uncond"])
+
+    def plain(x: torch.Tensor, step: int) -> torch.Tensor:
+        return conditional(x, step)[:, :, memory:]
+
+    def with_guidance(x: torch.Tensor, step: int) -> torch.Tensor:
+        return guided(conditional(x, step), unconditional(x, step), 7.5, 0.7)[:, :, memory:]
+
+    table = Schedule(schedule_config(config["schedule"]))
+    for name, eta, predict in (("eta1", 1.0, plain), ("eta0", 0.0, plain), ("cfg", 0.0, with_guidance)):
+        states, cleans = [], []
+        result = sample(
+            predict,
+            table.ddim(config["steps"], eta),
+            given["noise"],
+            given["step_noise"][:, :, :, memory:],
+            lambda x, z, s=states, c=cleans: (s.append(x), c.append(z)),
+        )
+        yield close(golden, f"{name}.samples", torch.cat([given["cond_latent"][:, :, :memory], result], dim=2), 0, 1e-3)
+        yield close(golden, f"{name}.x", torch.stack(states), 0, 1e-3)
+        yield close(golden, f"{name}.pred_x0", torch.stack(cleans), 0, 1e-3)
+
+
+def batch_norm_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A variance must be positive: running_var is 1 + fill."""
+    return {k: 1 + v if k.endswith("running_var") else v for k, v in state.items()}
+
+
+@torch.no_grad()
+def reward_model(golden: Golden) -> Iterable[Check]:
+    given = inputs(golden)
+    model = RewardClassifier()
+    state = batch_norm_state(filled_state(golden.meta["state_dict"], golden.meta["seed"]))
+    model.load_state_dict({**state, "net.7.bias": given["head_bias"]}, strict=True)
+    logit = model.eval()(given["image"])[:, None]
+    yield close(golden, "logit", logit)
+    yield close(golden, "probability", logit.sigmoid())
+    yield close(golden, "reward", (logit.sigmoid() > 0.5).float())
+
+
+@torch.no_grad()
+def action_predictor(golden: Golden) -> Iterable[Check]:
+    given = inputs(golden)
+    model = ActionConverter()
+    statistics = {name: given[name] for name in ("abs_action_mean", "abs_action_std")}
+    model.load_state_dict({**filled_state(golden.meta["state_dict"], golden.meta["seed"]), **statistics}, strict=True)
+    yield close(golden, "raw", model.raw(given["delta_action"], given["pose"]))
+    yield close(golden, "next_pose", model(given["delta_action"], given["pose"]))
+    chained = model.chain(torch.stack([given["delta_action"] * factor for factor in (-1.5, -0.5, 0.5, 1.5)], dim=1), given["pose"])
+    yield close(golden, "chain", chained.transpose(0, 1))
+
+
+def colormaps(golden: Golden) -> Iterable[Check]:
+    yield Check("greens", conditioning.GREENS, golden.tensors["out.greens"])
+    yield Check("reds", conditioning.REDS, golden.tensors["out.reds"])
+
+
+def geometry(golden: Golden) -> Iterable[Check]:
+    given, config = {name: tensor.numpy() for name, tensor in inputs(golden).items()}, golden.meta["config"]
+
+    def near(name: str, actual: np.ndarray) -> Check:
+        return close(golden, name, torch.from_numpy(actual), 1e-5, 0)
+
+    agibot, libero = config["agibot"], config["rlinf"]
+    size, original = (agibot["height"], agibot["width"]), (agibot["original_height"], agibot["original_width"])
+    poses = given["abs_pose"]
+    drawn = conditioning.tilted(np.concatenate([poses[:1]] * (agibot["n_previous"] - 1) + [poses]))
+    yield near("agibot.vis_pose", drawn)
+    yield near("agibot.delta_raw", conditioning.action_rows(poses))
+    yield near("agibot.delta", conditioning.normalised(conditioning.action_rows(poses)))
+    intrinsic = conditioning.scaled_intrinsic(given["intrinsic"], original, size)
+    coarse = (size[0] // 8, size[1] // 8)
+    latent = conditioning.scaled_intrinsic(intrinsic, size, coarse)
+    yield near("agibot.intrinsic_scaled", intrinsic)
+    yield near("agibot.intrinsic_latent", latent)
+    directions, origins = conditioning.rays(latent, given["c2w"], *coarse)
+    yield near("agibot.ray_d", directions)
+    yield near("agibot.ray_o", origins)
+    rows = drawn[slice(*agibot["traj_rows"])]
+    maps = [conditioning.trajectory_map(row, intrinsic, given["c2w"], size, "agibot") for row in rows]
+    yield Check("agibot.traj_map", np.stack(maps), golden.tensors["out.agibot.traj_map"])
+
+    size = (libero["height"], libero["width"])
+    poses = given["libero_pose"]
+    yield near("rlinf.delta", conditioning.normalised(conditioning.action_rows(poses[libero["n_previous"] - 1 :])))
+    maps = [conditioning.trajectory_map(poses[i], given["libero_intrinsic"], given["libero_c2w"], size, "libero") for i in libero["traj_rows"]]
+    yield Check("rlinf.traj_map", np.stack(maps), golden.tensors["out.rlinf.traj_map"])
+
+
+def world_config(meta: dict) -> WorldModelConfig:
+    """The configuration of a whole (tiny) world model, in the words of the goldens."""
+    config = meta["config"]
+    params = (
+        {name: config["acwm"][f"{name}_config"]["params"] for name in ("unet", "first_stage", "cond_stage", "image_proj_stage")} if "acwm" in config else {}
+    )
+    first, action, image = (
+        params.get(long, config.get(short))
+        for long, short in (("first_stage", "first_stage"), ("cond_stage", "cond_stage"), ("image_proj_stage", "image_proj"))
+    )
+
+    def resampler(record: dict) -> ResamplerConfig:
+        record = dict(record)
+        queries = record.pop("num_queries") * record.pop("video_length", 1)
+        return ResamplerConfig(num_queries=queries, **record)
+
+    vision, text = config["open_clip"]["vision_cfg"], config["open_clip"]["text_cfg"]
+    return WorldModelConfig(
+        height=config.get("height", 48),
+        width=config.get("width", 64),
+        chunk=config["chunk"],
+        memory=config["n_previous"],
+        fps=config.get("fps", 2),
+        domain=config.get("domain_id", 11),
+        unet=unet_config(params["unet"]) if params else UNetConfig(model_channels=32, num_head_channels=8, channel_mult=(1,)),
+        autoencoder=autoencoder_config(first["ddconfig"]),
+        clip=ClipConfig(
+            width=vision["width"],
+            layers=vision["layers"],
+            head_width=vision["head_width"],
+            patch=vision["patch_size"],
+            embed_dim=config["open_clip"]["embed_dim"],
+            text_width=text["width"],
+            text_context=text["context_length"],
+            text_vocabulary=text["vocab_size"],
+        ),
+        image_resampler=resampler(image),
+        action_resampler=resampler(action),
+        schedule=schedule_config(config["acwm"]) if params else ScheduleConfig(),
+    )
+
+
+@torch.no_grad()
+def conditioning_golden(golden: Golden) -> Iterable[Check]:
+    given, config = inputs(golden), golden.meta["config"]
+    height, width = given["video"].shape[-2:]
+    model = WorldModel(dataclasses.replace(world_config(golden.meta), height=height, width=width)).eval()
+    state = filled_state(golden.meta["state_dict"], golden.meta["seed"])
+    model.load_state_dict({**model.state_dict(), **state}, strict=True)  # the golden has no UNet
+    m = config["n_previous"]
+    video = given["video"].transpose(1, 2).float() / 127.5 - 1  # [b, T, 3, H, W]
+    yield close(golden, "clip_pixels", clip_pixels(video[:1, 0]))
+    yield close(golden, "clip_tokens", model.embedder(video[:, 0]))
+    latents = model.encode(video).transpose(1, 2)
+    yield close(golden, "z", latents)
+    tokens = model.image_tokens(video[:, 0])
+    yield close(golden, "image_tokens", tokens)
+    yield close(golden, "action_tokens", model.action_tokens(given["delta_action"]))
+    cameras = [
+        torch.stack([model.camera_rays(k.numpy(), pose.numpy()) for pose in poses], dim=1)
+        for k, poses in zip(given["intrinsic"], given["extrinsic"], strict=True)
+    ]
+    maps = given["traj"].permute(0, 2, 3, 4, 1)[:, m:]
+    conditions = model.conditions(latents[:, :, :m], maps, given["delta_action"], tokens, torch.stack(cameras))
+    yield close(golden, "cond_latent", conditions.latent)
+    yield close(golden, "mask", conditions.mask)
+    yield close(golden, "traj_latent", conditions.map)
+    yield close(golden, "ray_d", conditions.rays[:, :3])
+    yield close(golden, "ray_o", conditions.rays[:, 3:])
+    yield close(golden, "context", conditions.tokens)
+
+
+RUNNERS: dict[str, Callable[[Golden], Iterable[Check]]] = {
+    "unet": unet,
+    "unet_multiview": unet,
+    "autoencoder": autoencoder,
+    "schedule": schedule,
+    "ddim": ddim,
+    "conditioning": conditioning_golden,
+    "reward_model": reward_model,
+    "action_predictor": action_predictor,
+    "colormaps": colormaps,
+    "geometry": geometry,
+}

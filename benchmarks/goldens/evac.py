@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from benchmarks.parity import Check, Golden, filled_state
-from vlahub_envs.evac import conditioning
+from vlahub_envs.evac import checkpoint, conditioning
 from vlahub_envs.evac.actions import ActionConverter
 from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig, clip_pixels
-from vlahub_envs.evac.model import WorldModel, WorldModelConfig
+from vlahub_envs.evac.model import AGIBOT, WorldModel, WorldModelConfig
 from vlahub_envs.evac.resampler import ResamplerConfig
 from vlahub_envs.evac.reward import RewardClassifier
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
@@ -283,6 +283,31 @@ def conditioning_golden(golden: Golden) -> Iterable[Check]:
     yield close(golden, "context", conditions.tokens)
 
 
+def manifest_full(golden: Golden) -> Iterable[Check]:
+    expected = {name: tuple(entry["shape"]) for name, entry in golden.meta.items()}
+    yield from same_shapes("published file", checkpoint.published_shapes(WorldModelConfig()), expected)
+
+
+def same_shapes(what: str, actual: dict[str, tuple], expected: dict[str, tuple]) -> Iterable[Check]:
+    differing = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
+    yield Check(f"{what}: names and shapes that differ", differing, [])
+    yield Check(f"{what}: tensors", [len(actual)], [len(expected)])
+
+
+def manifest_parts(golden: Golden) -> Iterable[Check]:
+    model = checkpoint.empty_model(WorldModelConfig())
+    for part, name in ((model.reward_model, "reward_model"), (model.action_predictor, "action_predictor")):
+        expected = {key: tuple(entry["shape"]) for key, entry in golden.meta[name]["keys"].items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items() if key not in checkpoint.STATISTICS}
+        yield from same_shapes(name, shapes, expected)
+    ours, other = checkpoint.published_shapes(WorldModelConfig()), checkpoint.published_shapes(AGIBOT)
+    for key, shapes in golden.meta["world_model_agibot"]["shape_differences"].items():
+        yield Check(f"{key} (libero)", list(ours[key]), shapes["rlinf"])
+        yield Check(f"{key} (agibot)", list(other[key]), shapes["agibot"])
+    differing = sorted(key for key in ours if ours[key] != other[key])
+    yield Check("shapes that differ between the variants", differing, sorted(golden.meta["world_model_agibot"]["shape_differences"]))
+
+
 RUNNERS: dict[str, Callable[[Golden], Iterable[Check]]] = {
     "unet": unet,
     "unet_multiview": unet,
@@ -294,4 +319,6 @@ RUNNERS: dict[str, Callable[[Golden], Iterable[Check]]] = {
     "action_predictor": action_predictor,
     "colormaps": colormaps,
     "geometry": geometry,
+    "manifest_full": manifest_full,
+    "manifest_parts": manifest_parts,
 }

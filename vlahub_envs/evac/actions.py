@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ class ActionConverter(nn.Module):
         super().__init__()
         widths = [action_dim + POSE, *hidden, POSE]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.network = nn.Sequential(*layers[:-1])
         self.register_buffer("abs_action_mean", torch.zeros(1, POSE))

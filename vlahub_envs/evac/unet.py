@@ -115,7 +115,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, frames: int, views: int, context: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        n, channels, h, w = x.shape
+        h = x.shape[2]
         x = side_by_side(x, frames, views)  # [b*t, C, v*h, w]
         y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [b*t, v*h*w, C]
         (block,) = self.transformer_blocks

@@ -4,8 +4,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import vlahub
+from tests.worlds import PointWorld
 from vlahub import catalog
+from vlahub.env import Episode
 from vlahub.observation import validate
+from vlahub.simulation import Outcomes
 
 
 def point(**options):
@@ -87,6 +90,44 @@ def test_actions_out_of_bounds_are_clipped_and_counted():
     expected, *_, plain = other.step(np.array([1.0, 0.5]))
     assert info["clipped"] == 1 and "clipped" not in plain
     assert np.array_equal(observation["states"], expected["states"])
+
+
+def test_clipping_is_counted_in_float32_and_overflow_is_refused():
+    env = point()
+    env.reset(seed=0)
+    *_, info = env.step(np.array([1 + 1e-9, -1.0]))  # 1.0 in float32
+    assert "clipped" not in info
+    with pytest.raises(ValueError, match="finite"):
+        env.step(np.array([1e300, 0]))
+
+
+class Unstoppable(PointWorld):
+    """Runs every action that it is given, as a video model does; `returned` replaces its outcomes."""
+
+    returned: Outcomes
+
+    def apply(self, actions, watch=None):
+        return self.returned
+
+
+def test_a_simulation_that_runs_past_the_end_is_cut_there():
+    world = Unstoppable()
+    episode = Episode(world)
+    episode.reset(0, {})
+    world.returned = Outcomes(np.ones(4, np.float32), np.array([False, True, True, True]))
+    reward, terminated, truncated, length, info = episode.run(np.zeros((4, 2), np.float32))
+    assert length == 2 and reward.tolist() == [1, 1, 0, 0] and terminated.tolist() == [False, True, False, False]
+    assert not truncated.any() and info["steps"] == 2 and info["success"] and episode.done
+
+
+@pytest.mark.parametrize(("rewards", "successes"), [(0, 0), (5, 5), (3, 2)])
+def test_outcomes_of_a_wrong_length_are_refused(rewards, successes):
+    world = Unstoppable()
+    episode = Episode(world)
+    episode.reset(0, {})
+    world.returned = Outcomes(np.zeros(rewards, np.float32), np.zeros(successes, bool))
+    with pytest.raises(RuntimeError, match="was given 4 actions"):
+        episode.run(np.zeros((4, 2), np.float32))
 
 
 def test_bad_arguments_say_what_to_do():

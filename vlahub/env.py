@@ -34,8 +34,8 @@ class ChunkResult:
         return (self.terminated | self.truncated).any(axis=-1)
 
 
-def checked_actions(actions: Any, space: gymnasium.spaces.Box, batch: tuple[int, ...], where: str) -> tuple[np.ndarray, int]:
-    """Actions [*batch, N, D] as float32 within bounds, and how many numbers had to be clipped.
+def checked_actions(actions: Any, space: gymnasium.spaces.Box, batch: tuple[int, ...], where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Actions [*batch, N, D] as float32 within bounds, and how many numbers [*batch] had to be clipped.
 
     Finite numbers out of bounds are clipped, because published policies overshoot by a little; the count is reported in info["clipped"].
     Wrong shapes and types, NaN and infinities are errors.
@@ -46,11 +46,13 @@ def checked_actions(actions: Any, space: gymnasium.spaces.Box, batch: tuple[int,
         raise TypeError(f"{where}: actions must be numbers, not {actions.dtype}")
     if actions.ndim != len(batch) + 2 or actions.shape[: len(batch)] != batch or actions.shape[-1] != dim or actions.shape[-2] < 1:
         raise ValueError(f"{where}: actions have shape {actions.shape}, expected {(*batch, 'N', dim)} with N >= 1")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes an infinity and is refused as one
+        actions = actions.astype(np.float32)
     if not np.isfinite(actions).all():
         bad = np.argwhere(~np.isfinite(actions))[0]
         raise ValueError(f"{where}: actions[{', '.join(map(str, bad))}] is {actions[tuple(bad)]}; every action must be finite")
-    clipped = np.clip(actions.astype(np.float32), space.low, space.high)
-    return clipped, int((np.abs(clipped - actions) > 1e-6).sum())  # 1e-6: the rounding of float64 input is no overshoot
+    clipped = np.clip(actions, space.low, space.high)
+    return clipped, (clipped != actions).sum(axis=(-2, -1))
 
 
 def checked_seed(seed: Any) -> int:
@@ -83,12 +85,20 @@ class Episode:
         reward, terminated, truncated = np.zeros(count, np.float32), np.zeros(count, bool), np.zeros(count, bool)
         if self.done:
             return reward, terminated, truncated, 0, {"success": self.succeeded, "steps": self.steps}
-        outcomes: Outcomes = self.simulation.apply(actions[: self.max_steps - self.steps], watch)
-        length = len(outcomes.reward)
-        reward[:length] = outcomes.reward
-        terminated[:length] = outcomes.success if outcomes.terminated is None else outcomes.terminated
+        given = actions[: self.max_steps - self.steps]
+        outcomes: Outcomes = self.simulation.apply(given, watch)
+        ends = outcomes.success if outcomes.terminated is None else outcomes.terminated
+        ran = len(outcomes.reward)
+        if not 1 <= ran <= len(given) or len(outcomes.success) != ran or len(ends) != ran:
+            raise RuntimeError(
+                f"{type(self.simulation).__name__}.apply was given {len(given)} actions and returned {ran} rewards, {len(outcomes.success)} successes "
+                f"and {len(ends)} ends; it must return one of each per control step that it ran, at least one"
+            )
+        # a simulation that cannot stop inside a chunk (a video model) reports all of it; the episode counts up to its first end
+        length = int(np.argmax(ends)) + 1 if np.any(ends) else ran
+        reward[:length], terminated[:length] = outcomes.reward[:length], ends[:length]
         self.steps += length
-        self.succeeded = self.succeeded or bool(np.any(outcomes.success))
+        self.succeeded = self.succeeded or bool(np.any(outcomes.success[:length]))
         truncated[length - 1] = self.steps >= self.max_steps and not terminated[length - 1]
         self.done = bool(terminated[length - 1] or truncated[length - 1])
         return reward, terminated, truncated, length, {**outcomes.info, "success": self.succeeded, "steps": self.steps}
@@ -136,7 +146,7 @@ class Env(gymnasium.Env):
         self._require_running()
         reward, terminated, truncated, _, info = self.episode.run(actions)
         if clipped:
-            info["clipped"] = clipped
+            info["clipped"] = int(clipped)
         return own(self.simulation.observe()), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def step_chunk(self, actions: Any, watch: Callable[[], None] | None = None) -> ChunkResult:
@@ -150,7 +160,7 @@ class Env(gymnasium.Env):
         self._require_running()
         reward, terminated, truncated, length, info = self.episode.run(actions, watch)
         if clipped:
-            info["clipped"] = clipped
+            info["clipped"] = int(clipped)
         return ChunkResult(own(self.simulation.observe()), reward, terminated, truncated, length, info)
 
     def render(self) -> np.ndarray | None:

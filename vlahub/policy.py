@@ -78,39 +78,50 @@ class Policy(nn.Module):
         """Deterministic actions [B, T, D] in env units from prepared inputs: greedy tokens, the mean, or the ODE from noise drawn from `seeds` [B, 2]."""
 
     @abstractmethod
-    def sample(self, observation: Observation, generator: torch.Generator | None = None) -> Sample:
-        """Exploratory actions with their log-probabilities and value. No gradients."""
+    def sample(self, observation: Observation, seeds: torch.Tensor | None = None) -> Sample:
+        """Exploratory actions with their log-probabilities and value. No gradients.
+
+        All randomness of row i is a function of `seeds[i]` (episode seed, control step; see vlahub_policies.parts.randomness), so that a rollout does not
+        depend on batch size or rank count; None draws seeds from torch's global generator.
+        """
+
+    @torch.no_grad()
+    def value(self, observation: Observation) -> torch.Tensor:
+        """[B, 1] or [B, T]: the critic's estimate alone, where an episode was cut. Families override it where less than a whole sample suffices."""
+        value = self.sample(observation).value
+        if value is None:
+            raise ValueError(f"this {self.family} policy has no value head; load it with value_head=True")
+        return value
 
     @abstractmethod
     def evaluate(self, trace: Trace) -> Evaluation:
         """log_prob, entropy and value of a trace (any rows of it) under the present weights. On unchanged weights log_prob equals the sample's."""
 
     @abstractmethod
-    def sft_loss(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
-        """Scalar supervised loss. `batch`: a batched observation plus `actions` [B, T, D] in env units and, optionally, `action_is_pad` [B, T] bool."""
+    def sft_loss(self, batch: Mapping[str, Any], seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Scalar supervised loss. `batch`: a batched observation plus `actions` [B, T, D] in env units and, optionally, `action_is_pad` [B, T] bool.
+
+        `seeds` [B, 2] as in `sample`: the noise and time that a flow policy trains on."""
 
     @torch.no_grad()
-    def act(
-        self, observation: Observation, deterministic: bool = True, seeds: Sequence[tuple[int, int]] | None = None, generator: torch.Generator | None = None
-    ) -> np.ndarray:
+    def act(self, observation: Observation, deterministic: bool = True, seeds: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
         """Actions for inference: [T, D] for a single observation, [B, T, D] for a batch.
 
         Args:
             observation: see `vlahub.observation`; numpy or torch.
             deterministic: True gives the same actions for the same observation and seeds, whatever else is in the batch. False samples as a rollout does.
-            seeds: per environment (episode seed, control step), from which families that start from noise draw it; all (0, 0) by default.
-            generator: randomness of deterministic=False.
+            seeds: per environment (episode seed, control step), from which all noise is drawn; by default (0, 0), and fresh ones when sampling.
         """
         validate(observation)
         batch = batched(observation)
+        count = len(batch["task_descriptions"])
+        if seeds is not None and len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds for a batch of {count} observations")
+        rows = None if seeds is None else torch.as_tensor(np.asarray(seeds, np.int64))
         if deterministic:
-            count = len(batch["task_descriptions"])
-            seeds = [(0, 0)] * count if seeds is None else seeds
-            if len(seeds) != count:
-                raise ValueError(f"{len(seeds)} seeds for a batch of {count} observations")
-            actions = self.predict(self.prepare(batch), torch.as_tensor(np.asarray(seeds, np.int64)))
+            actions = self.predict(self.prepare(batch), torch.zeros(count, 2, dtype=torch.int64) if rows is None else rows)
         else:
-            actions = self.sample(batch, generator).actions
+            actions = self.sample(batch, rows).actions
         actions = actions.float().cpu().numpy()
         return actions if is_batched(observation) else actions[0]
 

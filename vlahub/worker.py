@@ -1,0 +1,297 @@
+"""One worker process of the vector env: it hosts some simulations, runs what the parent asks of them, and writes what they see into shared memory.
+
+The parent (vlahub/vector.py) starts a fresh interpreter with `BOOTSTRAP`, so that nothing of the parent's simulators, GPU contexts or threads is
+inherited and the user's script needs no `if __name__ == "__main__"`. Both sides talk through one socket: the parent sends jobs, one list at a time,
+and the worker answers each list with one list of replies. Images and states do not pass through it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import pickle
+import runpy
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import numpy as np
+from gymnasium import spaces
+
+from vlahub import catalog
+from vlahub.env import Episode
+from vlahub.interface import Interface
+from vlahub.observation import Observation, space_of
+from vlahub.simulation import Expert, Simulation
+
+# Run by `python -c`. The parent's sys.path comes first, because it says where vlahub and the simulation are to be imported from.
+BOOTSTRAP = (
+    "import sys; from multiprocessing.connection import Connection; parent = Connection(int(sys.argv[1])); sys.path[:] = parent.recv(); "
+    "from vlahub.worker import serve; serve(parent)"
+)
+
+serving = False  # True in a worker process
+
+
+@dataclass
+class Setup:
+    """What a worker is told first."""
+
+    parent: int  # process id
+    memory: int  # file descriptor of the shared memory; it has its size by the time of the first job
+    num_envs: int  # of the whole batch
+    envs: range  # the ones that live here
+    main: tuple[Literal["module", "path"], str] | None  # the user's script, if the world below refers to things defined in it
+    world: bytes  # pickled (EnvCard, options, max_steps)
+
+
+@dataclass
+class Facts:
+    """What a worker answers to its setup."""
+
+    interface: Interface
+    max_steps: int
+    tasks: int
+    trials: int | None
+    assets: str
+
+
+@dataclass
+class Job:
+    """One request to one env."""
+
+    kind: Literal["reset", "run", "repeat", "render", "expert"]  # repeat: write the last observation again, without drawing it anew
+    seed: int = 0  # reset
+    options: Mapping[str, Any] | None = None  # reset
+    actions: np.ndarray | None = None  # run: [n, D]
+    next_seed: int | None = None  # run: if the episode ends, start the next one with this seed
+    record_every: int = 0  # run: a frame after every so many control steps; 0: none
+
+
+@dataclass
+class Reply:
+    """The answer to one Job; what does not apply is None. `failure` is set if the job raised."""
+
+    instruction: str | None = None  # the text of the observation whose arrays were written
+    info: dict[str, Any] | None = None
+    outcome: tuple[np.ndarray, np.ndarray, np.ndarray, int] | None = None  # run: reward [n], terminated [n], truncated [n], length
+    final: tuple[Observation, dict[str, Any]] | None = None  # run: the end of the old episode, if a next one was started
+    value: Any = None  # render: a picture; expert: actions
+    failure: Failure | None = None
+    lost: str | None = None  # set by the parent: the process died or hung
+
+
+@dataclass
+class Failure:
+    """An exception on its way to the parent."""
+
+    error: bytes | None  # pickled, if it can be
+    summary: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        try:
+            pickled = pickle.dumps(error)
+            pickle.loads(pickled)  # an exception whose __init__ wants other arguments pickles but does not load
+        except Exception:
+            pickled = None
+        return cls(pickled, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def exception(self) -> BaseException:
+        """The exception of the worker, or a RuntimeError in its place, with the worker's traceback as a note."""
+        error: BaseException = RuntimeError(self.summary)
+        if self.error is not None:
+            try:
+                error = pickle.loads(self.error)
+            except Exception:  # its class may exist in the worker alone; the summary says what it was
+                pass
+        error.add_note(f"in a worker process:\n{self.traceback}")
+        return error
+
+
+class Layout:
+    """How a batch of observations lies in shared memory: one block per key, in `slabs` of one batch each."""
+
+    def __init__(self, interface: Interface, num_envs: int):
+        self.blocks: list[tuple[str, np.dtype, tuple[int, ...], int]] = []  # key, dtype, shape with the batch dimension, offset
+        offset = 0
+        for key, space in space_of(interface).items():
+            if not isinstance(space, spaces.Box):
+                continue  # text travels beside
+            shape = (num_envs, *space.shape)
+            self.blocks.append((key, space.dtype, shape, offset))
+            offset += -(-int(np.prod(shape)) * space.dtype.itemsize // 64) * 64  # whole cache lines
+        self.size = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE  # of one slab
+
+    def arrays(self, buffer: Any, offset: int = 0) -> dict[str, np.ndarray]:
+        """Views [B, ...] of the slab that starts at `offset` in `buffer`."""
+        return {key: np.frombuffer(buffer, dtype, int(np.prod(shape)), offset + start).reshape(shape) for key, dtype, shape, start in self.blocks}
+
+
+class Resident:
+    """One env of the worker: a simulation, its episode and its expert."""
+
+    def __init__(self, card: catalog.EnvCard, options: Mapping[str, Any], max_steps: int | None):
+        self.card, self.options, self.max_steps = card, options, max_steps
+        self._build()
+
+    def _build(self) -> None:
+        self.simulation: Simulation = catalog.make_simulation(self.card, **self.options)
+        self.episode = Episode(self.simulation, self.max_steps)
+        self.expert: Expert | None = None
+        self.expert_is_ready = self.broken = False
+        self.seen: Observation = {}
+
+    def do(self, job: Job, rows: dict[str, np.ndarray]) -> Reply:
+        """Carry out one job. `rows` are this env's places in shared memory."""
+        try:
+            if job.kind == "reset":
+                info = self._reset(job.seed, job.options or {})
+                return Reply(self._show(rows), info)
+            if job.kind == "run":
+                return self._run(job, rows)
+            if job.kind == "repeat":
+                return Reply(self._show(rows), {"success": self.episode.succeeded, "steps": self.episode.steps})
+            if job.kind == "render":
+                return Reply(value=np.array(self.simulation.render()))
+            return Reply(value=self._expert_actions())
+        except (Exception, SystemExit) as error:  # some simulators call sys.exit
+            if job.kind != "reset":
+                # A simulation that raised half-way is in an unknown state. Bad reset options, on the other hand, are the user's to correct.
+                self.broken = self.episode.done = True
+            return Reply(failure=Failure.of(error))
+
+    def _reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        if self.broken:
+            self.close()
+            self._build()
+        self.expert_is_ready = False
+        info = self.episode.reset(seed, options)
+        self._look()
+        return info
+
+    def _run(self, job: Job, rows: dict[str, np.ndarray]) -> Reply:
+        frames: list[np.ndarray] = []
+        steps = 0
+
+        def watch() -> None:
+            nonlocal steps
+            steps += 1
+            if steps % job.record_every == 0:
+                frames.append(np.array(self.simulation.render()))
+
+        reward, terminated, truncated, length, info = self.episode.run(job.actions, watch if job.record_every else None)
+        if job.record_every:
+            info["frames"] = frames
+        self._look()
+        final = None
+        if self.episode.done and job.next_seed is not None:
+            final = ({key: value if isinstance(value, str) else np.array(value) for key, value in self.seen.items()}, info)
+            info = self._reset(job.next_seed, {})
+        return Reply(self._show(rows), info, (reward, terminated, truncated, length), final)
+
+    def _look(self) -> None:
+        self.seen = self.simulation.observe()  # stays valid until the next observe, so that `repeat` needs no copy
+
+    def _show(self, rows: dict[str, np.ndarray]) -> str:
+        if missing := rows.keys() - self.seen.keys():
+            raise ValueError(f"{self.card.id} gave an observation without {sorted(missing)}, which its interface declares")
+        for key, value in self.seen.items():
+            if key == "task_descriptions":
+                continue
+            row = rows.get(key)
+            # compared exactly, because numpy would broadcast one picture over two cameras without a word
+            if row is None or value.shape != row.shape or value.dtype != row.dtype:
+                declared = "does not declare it" if row is None else f"declares {row.dtype}{list(row.shape)}"
+                raise ValueError(f"{self.card.id} gave observation[{key!r}] as {value.dtype}{list(value.shape)}, but its interface {declared}")
+            row[...] = value
+        return str(self.seen["task_descriptions"])
+
+    def _expert_actions(self) -> np.ndarray:
+        if self.expert is None:
+            self.expert = catalog.make_expert(self.card, self.simulation)
+        if not self.expert_is_ready:
+            self.expert.reset()
+            self.expert_is_ready = True
+        return np.array(self.expert.act(), np.float32)
+
+    def close(self) -> None:
+        try:
+            self.simulation.close()
+        except Exception:
+            traceback.print_exc()  # the process is about to end, or the simulation to be replaced: worth telling, not worth failing
+
+
+def serve(parent: Connection) -> None:
+    """Life of a worker: set up, work off lists of jobs, and leave when the parent closes the socket or is gone."""
+    global serving
+    serving = True
+    faulthandler.enable()  # a segmentation fault in a simulator then says where
+    setup: Setup = parent.recv()
+    threading.Thread(target=_leave_with, args=(setup.parent,), daemon=True).start()
+    residents: dict[int, Resident] = {}
+    try:
+        if setup.main:
+            _import_main(*setup.main)
+        card, options, max_steps = pickle.loads(setup.world)
+        for env in setup.envs:
+            residents[env] = Resident(card, options, max_steps)
+    except (Exception, SystemExit) as error:
+        parent.send(Failure.of(error))
+    else:
+        first = residents[setup.envs[0]]
+        simulation = first.simulation
+        parent.send(Facts(simulation.interface, first.episode.max_steps, simulation.tasks, simulation.trials, simulation.assets))
+        try:
+            _work(parent, setup, residents)
+        except (EOFError, ConnectionError):  # the parent closed the socket, or died
+            pass
+    for resident in residents.values():
+        resident.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the simulations are closed; simulators' own exit handlers are known to crash
+
+
+def _work(parent: Connection, setup: Setup, residents: Mapping[int, Resident]) -> None:
+    layout = Layout(residents[setup.envs[0]].simulation.interface, setup.num_envs)
+    memory: mmap.mmap | None = None
+    slabs: dict[int, dict[str, np.ndarray]] = {}
+    while True:
+        slab, jobs = parent.recv()
+        if memory is None:
+            memory = mmap.mmap(setup.memory, 0)  # 0: all of it
+        if slab not in slabs:
+            slabs[slab] = layout.arrays(memory, slab * layout.size)
+        parent.send({env: residents[env].do(job, {key: array[env] for key, array in slabs[slab].items()}) for env, job in jobs.items()})
+
+
+def _leave_with(parent: int) -> None:
+    """End this process if the parent is gone, even if a simulation is in the middle of a long step, or hangs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main_module() -> tuple[Literal["module", "path"], str] | None:
+    """How another process can import the user's script; None in a notebook or an interactive session."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:
+        return "module", main.__spec__.name
+    path = getattr(main, "__file__", None)
+    return ("path", os.path.abspath(path)) if path and os.path.isfile(path) else None
+
+
+def _import_main(kind: str, value: str) -> None:
+    """Make the user's script importable as `__main__`, as multiprocessing does: run under another name, so that its guarded part stays asleep."""
+    module = types.ModuleType("__mp_main__")
+    module.__dict__.update(runpy.run_module(value, run_name="__mp_main__") if kind == "module" else runpy.run_path(value, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module

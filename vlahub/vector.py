@@ -325,17 +325,17 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         """
         rows = self._idle(slot, "reset")
         options = dict(options or {})
-        mask = _mask(options.pop("reset_mask", True), len(rows), "options['reset_mask']")
+        mask = checked_mask(options.pop("reset_mask", True), len(rows), "options['reset_mask']")
         if not mask.any():
             raise ValueError("options['reset_mask'] selects no env")
         seeds = self._seeds(seed, rows)
-        per_env = _per_env(options, len(rows))
+        each = per_env(options, len(rows))
         if isinstance(seed, (int, np.integer)):
             super().reset(seed=int(seed))
         jobs: dict[int, Job] = {}
         for row, env in enumerate(rows):
             if mask[row]:
-                jobs[env] = Job("reset", seed=self._seed(env, seeds[row]), options=per_env[row])
+                jobs[env] = Job("reset", seed=self._seed(env, seeds[row]), options=each[row])
             elif self._shown[env]:
                 jobs[env] = Job("repeat")
         exchange = self._begin(Exchange(rows, jobs))
@@ -359,7 +359,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         if self.render_mode is None:
             return None
         rows = self._idle(None, "render")
-        wanted = _mask(True if mask is None else mask, self.num_envs, "mask") & self._shown
+        wanted = checked_mask(True if mask is None else mask, self.num_envs, "mask") & self._shown
         return tuple(self._ask("render", [env for env in rows if wanted[env]], rows))
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -419,7 +419,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             chunks, clipped = [chunk for chunk, _ in checked], [count for _, count in checked]
         else:
             chunks, clipped = checked_actions(actions, self.single_action_space, (len(rows),), where)
-        recorded = _mask(False if record is None else record, len(rows), "record")
+        recorded = checked_mask(False if record is None else record, len(rows), "record")
         if record_every < 1:
             raise ValueError(f"record_every must be at least 1, not {record_every}")
 
@@ -664,7 +664,7 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _mask(mask: Any, count: int, name: str) -> np.ndarray:
+def checked_mask(mask: Any, count: int, name: str) -> np.ndarray:
     """bool [count] of a mask or of one bool for all."""
     mask = np.asarray(mask)
     if mask.dtype != bool:
@@ -674,7 +674,7 @@ def _mask(mask: Any, count: int, name: str) -> np.ndarray:
     return np.broadcast_to(mask, count)
 
 
-def _per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """Reset options -> those of each env."""
     each: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in options.items():

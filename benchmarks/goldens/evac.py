@@ -13,10 +13,14 @@ from vlahub_envs.evac import checkpoint, conditioning
 from vlahub_envs.evac.actions import ActionConverter
 from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig, clip_pixels
+from vlahub_envs.evac.environment import EvacVectorEnv
 from vlahub_envs.evac.model import AGIBOT, WorldModel, WorldModelConfig
 from vlahub_envs.evac.resampler import ResamplerConfig
 from vlahub_envs.evac.reward import RewardClassifier
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
+from vlahub_envs.evac.simulation import Imagination
+from vlahub_envs.evac.start_states import StartState, StartStates, resized
+from vlahub_envs.evac.trajectory import imagine_trajectory
 from vlahub_envs.evac.unet import UNetConfig, VideoUNet
 
 
@@ -308,6 +312,149 @@ def manifest_parts(golden: Golden) -> Iterable[Check]:
     yield Check("shapes that differ between the variants", differing, sorted(golden.meta["world_model_agibot"]["shape_differences"]))
 
 
+def rollout_model(golden: Golden, **changes) -> WorldModel:
+    """A whole tiny world model with the golden's weights. Classifier and converter are filled under their own names."""
+    config = dataclasses.replace(world_config(golden.meta), **changes)
+    seed, shapes = golden.meta["seed"], golden.meta["state_dict"]
+    beside = ("reward_model.", "action_predictor.")
+    state = {}
+    for prefix in ("", *beside):
+        part = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix) and (prefix or not key.startswith(beside))}
+        state |= {prefix + key: tensor for key, tensor in batch_norm_state(filled_state(part, seed)).items()}
+    given = inputs(golden)
+    if "decoder_scale" in given:
+        for name in ("weight", "bias"):
+            state[f"first_stage_model.decoder.conv_out.{name}"] *= given["decoder_scale"]
+        state["action_predictor.network.4.weight"] *= given["predictor_scale"]
+        state |= {"action_predictor.network.4.bias": given["predictor_bias"], "reward_model.net.7.bias": given["head_bias"]}
+        state |= {"action_predictor.abs_action_mean": torch.zeros(1, 8), "action_predictor.abs_action_std": torch.ones(1, 8)}
+    model = WorldModel(config)
+    state = {name: tensor for name, tensor in state.items() if name not in checkpoint.SCHEDULE_BUFFERS}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+class Recorded(Imagination):
+    """The imagination with the golden's noise, keeping what each stage was fed."""
+
+    def __init__(self, *args, noises: list[tuple[torch.Tensor, torch.Tensor]], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.noises, self.seen = noises, []
+        model = self.model
+        make, imagine, decode = model.conditions, model.imagine, model.decode
+
+        def conditions(memory, maps, rows, tokens, rays):
+            made = make(memory, maps, rows, tokens, rays)
+            self.seen.append({"maps": maps, "rows": rows, "conditions": made})
+            return made
+
+        def imagined(made, *rest):
+            latents = imagine(made, *rest)
+            self.seen[-1]["samples"] = torch.cat([made.latent[:, :, : -latents.shape[2]], latents], dim=2)
+            return latents
+
+        def decoded(latents):
+            self.seen[-1]["frames"] = decode(latents)
+            return self.seen[-1]["frames"]
+
+        model.conditions, model.imagine, model.decode = conditions, imagined, decoded
+
+    def noise(self, worlds):
+        return self.noises[len(self.seen) - 1]
+
+
+@torch.no_grad()
+def rollout_rlinf(golden: Golden) -> Iterable[Check]:
+    given, config = inputs(golden), golden.meta["config"]
+    m, size = config["n_previous"], (config["height"], config["width"])
+    camera = config["camera"]
+    model = rollout_model(
+        golden,
+        intrinsic=tuple(map(tuple, given["intrinsic"].tolist())),
+        camera_position=tuple(camera["position"]),
+        camera_quaternion_wxyz=tuple(camera["quaternion_wxyz"]),
+    )
+    noises = [(first, later[:, :, :, m:]) for first, later in zip(given["noise"], given["step_noise"], strict=True)]
+    start = StartState(resized(given["frame"].numpy(), *size), given["init_ee_pose"].numpy(), "any", 0, 0)
+    imagination = Recorded(
+        model, StartStates([start]), noises=noises, denoising_steps=config["ddim_steps"], eta=config["eta"], clean_end=False, strict_upstream_quirks=True
+    )
+    env = EvacVectorEnv(imagination=imagination, max_steps=config["max_episode_steps"])
+
+    def relative(name: str, actual: object) -> Check:
+        return close(golden, name, torch.as_tensor(actual), 0, 2e-3)
+
+    def exact(name: str, actual: object, atol: float = 0) -> Check:
+        return Check(name, actual, golden.tensors[f"out.{name}"], atol=atol)
+
+    observation, _ = env.reset(seed=0)
+    world = env.worlds[0]
+    yield exact("reset.full_image", observation["main_images"])
+    yield relative("reset.memory", start.pixels()[None])
+    yield exact("reset.state", [np.concatenate([world.start.pose] * 2)], 1e-4)
+    total = 0.0
+    for chunk, actions in enumerate(given["actions"]):
+        result = env.step_chunk(actions.numpy())
+        seen, name = imagination.seen[chunk], f"chunk{chunk}"
+        conditions = seen["conditions"]
+        yield exact(f"{name}.action_buffer", np.concatenate([world.pose_rows, world.pose_rows], axis=-1)[None], 1e-4)
+        yield exact(f"{name}.delta_action", seen["rows"], 1e-4)
+        yield Check(f"{name}.traj_map", seen["maps"][0], golden.tensors[f"out.{name}.traj_map"][m:])
+        yield relative(f"{name}.cond_latent", conditions.latent)
+        yield relative(f"{name}.traj_latent", conditions.map)
+        yield close(golden, f"{name}.context", conditions.tokens, 1e-4, 0)
+        yield relative(f"{name}.samples", seen["samples"])
+        yield relative(f"{name}.frames", seen["frames"][0])
+        yield exact(f"{name}.full_image", result.observation["main_images"], 1)
+        yield exact(f"{name}.state", np.concatenate([world.pose_rows[-1]] * 2)[None], 1e-4)
+        yield relative(f"{name}.success_probability", result.info["success_probability"].T)
+        total += result.reward.sum()
+        yield exact(f"{name}.rewards", result.reward)
+        yield exact(f"{name}.terminations", result.terminated)
+        yield exact(f"{name}.truncations", result.truncated)
+        yield exact(f"{name}.return", [total])
+        yield exact(f"{name}.episode_len", result.info["steps"])
+    rays = imagination.rays
+    yield relative("ray_d", rays[:3])
+    yield relative("ray_o", rays[3:])
+    env.close()
+
+
+@torch.no_grad()
+def rollout_agibot(golden: Golden) -> Iterable[Check]:
+    given, config = inputs(golden), golden.meta["config"]
+    size = (config["height"], config["width"])
+    model = rollout_model(golden, variant="agibot", reward_widths=None, converter_hidden=None)
+    frame = given["frame"].numpy()
+    poses = given["abs_pose"].numpy()
+    stages = []
+    video, maps = imagine_trajectory(
+        model,
+        resized(frame, *size, antialias=True),
+        poses,
+        conditioning.scaled_intrinsic(given["intrinsic"].numpy(), frame.shape[:2], size),
+        given["c2w"].numpy(),
+        model.schedule.ddim(config["ddim_steps"], config["eta"]),
+        lambda k: (given["noise"][k], None),
+        guidance=config["guidance"],
+        strict_upstream_quirks=True,
+        watch=lambda *stage: stages.append(stage),
+    )
+    yield close(golden, "vis_pose", torch.from_numpy(conditioning.tilted(poses)), 1e-5, 0)
+    yield close(golden, "delta", torch.from_numpy(conditioning.normalised(conditioning.action_rows(poses[config["n_previous"] - 1 :]))), 1e-5, 0)
+    for k, rows, conditions, latents in stages:
+        yield close(golden, f"chunk{k}.delta_action", rows, 1e-5, 0)
+        yield close(golden, f"chunk{k}.cond_latent", conditions.latent, 0, 1e-3)
+        yield close(golden, f"chunk{k}.traj_latent", conditions.map, 0, 1e-3)
+        yield close(golden, f"chunk{k}.context", conditions.tokens, 0, 1e-3)
+        samples = torch.cat([conditions.latent[:, :, : config["n_previous"]], latents], dim=2)
+        yield close(golden, f"chunk{k}.samples", samples, 0, 1e-3)
+    yield Check("traj_video", maps, golden.tensors["out.traj_video"])
+    # at most 1 % of the values may differ by more than 1
+    difference = (torch.from_numpy(video).int() - golden.tensors["out.video"].int()).abs()
+    yield Check("video: share of values that differ by more than 1", [float((difference > 1).float().mean())], [0.0], atol=0.01)
+
+
 RUNNERS: dict[str, Callable[[Golden], Iterable[Check]]] = {
     "unet": unet,
     "unet_multiview": unet,
@@ -319,6 +466,8 @@ RUNNERS: dict[str, Callable[[Golden], Iterable[Check]]] = {
     "action_predictor": action_predictor,
     "colormaps": colormaps,
     "geometry": geometry,
+    "rollout_rlinf": rollout_rlinf,
+    "rollout_agibot": rollout_agibot,
     "manifest_full": manifest_full,
     "manifest_parts": manifest_parts,
 }

@@ -55,6 +55,8 @@ class WorldModelConfig:
     reward_widths: tuple[int, ...] | None = (64, 128, 256, 512)  # None: no success classifier, so no environment
     converter_hidden: tuple[int, ...] | None = (64, 64)  # None: no action converter; poses must be given
     action_dim: int = 7
+    gripper_open: float = -1.0  # the pose's gripper number when fully open ...
+    gripper_closed: float = 1.0  # ... and when closed; the published data's are not documented, these are LIBERO's action signs
 
     @property
     def frames(self) -> int:
@@ -135,6 +137,10 @@ class WorldModel(nn.Module):
         """First frames of episodes, in [-1, 1], [b, 3, H, W] -> [b, image tokens, context_dim]"""
         return self.image_proj_model(self.embedder(images).to(self.image_proj_model.latents.dtype))
 
+    def decoded_image_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """Image tokens of latents [b, 4, h, w] after a pass through the decoder: what the published loops show from the second chunk on."""
+        return self.image_tokens(self.decode(latents[:, :, None])[:, 0].clamp(-1, 1))
+
     def action_tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """Normalised action rows [b, any, 14] -> [b, action tokens, context_dim]"""
         return self.cond_stage_model(rows.to(self.device, self.cond_stage_model.latents.dtype))
@@ -162,7 +168,7 @@ class WorldModel(nn.Module):
         """
         b, channels, m, h, w = memory.shape
         c = maps.shape[1]
-        pictures = maps.to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # [b, c, 3, H, W]
+        pictures = maps.to(self.device).permute(0, 1, 4, 2, 3).float() / 255 * 2 - 1  # [b, c, 3, H, W]
         drawn = self.encode(pictures).transpose(1, 2)  # [b, 4, c, h, w]
         return Conditions(
             latent=torch.cat([memory, memory[:, :, -1:].expand(-1, -1, c, -1, -1)], dim=2),

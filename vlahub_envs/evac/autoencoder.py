@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlahub_envs.evac.unet import attend
+from vlahub_envs.evac.unet import GroupNorm, attend
 
 SCALE = 0.18215  # brings the latents to about unit variance; part of every checkpoint of this layout
 
@@ -25,8 +25,8 @@ class AutoencoderConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def norm(channels: int) -> GroupNorm:
+    return GroupNorm(channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

@@ -242,10 +242,9 @@ class Evac:
             self.imagination.advance([self], [actions])
         outcomes, self.outcomes = self.outcomes, None
         if watch:  # the frames exist anyway: show each in turn
-            last = self.frame
-            for self.frame in self.frames:
+            for frame in self.frames:
+                self.frame = frame
                 watch()
-            self.frame = last
         return outcomes
 
     def over(self) -> bool:

@@ -45,6 +45,16 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's CPU kernel for channels-last input subtracts two large sums and loses three digits on flat pictures; the one for contiguous input does not."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(32, channels, eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+
+
 class Attention(nn.Module):
     """Self-attention, or attention to a context whose keys and values come from `read`.
 
@@ -109,7 +119,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, config: UNetConfig, source: str):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config.dropout, config.context_dim, source)])
         self.proj_out = nn.Linear(channels, channels)
@@ -150,7 +160,7 @@ class TemporalTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, head_width: int, dropout: float, convolutional: bool = False):
         super().__init__()
         inner = heads * head_width
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(channels, eps=1e-6)
         # the first one of the network is published as 1x1 convolutions ([out, in, 1]), the others as matrices
         self.proj_in = nn.Conv1d(channels, inner, 1) if convolutional else nn.Linear(channels, inner)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, dropout)])
@@ -195,7 +205,7 @@ class TemporalConv(nn.Module):
         super().__init__()
 
         def stage(*between: nn.Module) -> nn.Sequential:
-            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *between, nn.Conv3d(channels, channels, (3, 1, 1)))
+            return nn.Sequential(GroupNorm(channels), nn.SiLU(), *between, nn.Conv3d(channels, channels, (3, 1, 1)))
 
         self.conv1 = stage()
         self.conv2, self.conv3, self.conv4 = (stage(nn.Dropout(dropout)) for _ in range(3))
@@ -217,9 +227,9 @@ class TemporalConv(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, emb_channels: int, dropout: float):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.out_layers = nn.Sequential(GroupNorm(out_channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.temopral_conv = TemporalConv(out_channels, dropout)
 
@@ -302,7 +312,7 @@ class VideoUNet(nn.Module):
                     layers.append(Upsample(channels))
                     stride //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
 
     def read_context(self, tokens: torch.Tensor, views: int = 1) -> Context:
         """Context tokens [b*v, image tokens + action tokens, context_dim] -> keys and values of every spatial block."""

@@ -143,10 +143,10 @@ def _load_published(path: Path, suite: str, dtype: torch.dtype | None, device: t
     weights = world_model_tensors(hub.read_pt(file), file)
     agibot = IMAGE_TOKENS in weights and weights[IMAGE_TOKENS].shape[1] == AGIBOT.image_resampler.num_queries
     config = AGIBOT if agibot else WorldModelConfig()
-    chosen = {**options}
-    if "chunk" in chosen and chosen["chunk"] != config.chunk:  # the token count follows the chunk, so that the mismatch is seen
-        chosen["image_resampler"] = dataclasses.replace(config.image_resampler, num_queries=TOKENS_PER_FRAME * chosen["chunk"])
-    config = override(config, **chosen)
+    if "chunk" in options:  # the number of image tokens follows the chunk, so that a mismatch is seen
+        tokens = TOKENS_PER_FRAME * options["chunk"]
+        options = {"image_resampler": dataclasses.replace(config.image_resampler, num_queries=tokens), **options}
+    config = override(config, **options)
     check_chunk(config, weights, file)
 
     extra: dict[str, torch.Tensor] = {}

@@ -122,7 +122,7 @@ class Imagination:
             world.outcomes = None
         for begin in range(0, max(map(len, actions)), c):
             live = [(world, given[begin : begin + c]) for world, given in zip(worlds, actions, strict=True) if len(given) > begin and not world.over()]
-            size = self.max_batch or len(live)
+            size = self.max_batch or max(len(live), 1)
             for i in range(0, len(live), size):
                 self._chunk([world for world, _ in live[i : i + size]], [given for _, given in live[i : i + size]])
 

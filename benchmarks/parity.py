@@ -71,8 +71,7 @@ class Check:
             return False, f"shape {tuple(actual.shape)} for {tuple(expected.shape)}"
         if actual.size == 0:
             return True, "empty"
-        error = np.abs(actual - expected)
-        error[(actual == expected)] = 0.0  # equal infinities
+        error = np.where(actual == expected, 0.0, np.abs(actual - expected))  # equal infinities
         if not np.isfinite(error).all():
             return False, "not finite"
         return bool((error <= self.atol + self.rtol * np.abs(expected)).all()), f"{error.max():.2e}"

@@ -2,3 +2,7 @@ import vlahub
 from tests.worlds import POINT
 
 vlahub.register_env(POINT)
+for head in ("gaussian", "categorical", "flow"):
+    vlahub.register_family(
+        vlahub.FamilyCard(f"test-mlp-{head}", f"tests.mlp:{head.title()}Mlp", "an MLP on the state, for tests", recognises=lambda folder: False)
+    )

@@ -132,7 +132,7 @@ def test_a_chunk_never_runs_past_the_end_of_an_episode(point, mode):
 
 def test_reset_options_are_for_all_envs_or_one_per_env(point):
     env = point()
-    observation, info = env.reset(seed=0, options={"task": [2, 0, 1], "trial": 7})
+    observation, info = env.reset(seed=0, options={"task": [2, 0, 1], "trial": 7, "trouble": [None, 99, None]})
     assert info["task"].tolist() == [2, 0, 1] and info["trial"].tolist() == [7, 7, 7]
     assert observation["task_descriptions"] == ["go to the blue target", "go to the red target", "go to the green target"]
     options = {"reset_mask": np.array([False, True, False]), "task": np.array([0, 2, 0])}
@@ -412,21 +412,22 @@ def test_all_episodes_of_a_lost_worker_are_aborted(point):
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
-def test_autoreset_brings_a_lost_env_back(point, mode):
-    env = point(2, workers=2, autoreset_mode=mode)
-    env.reset(seed=0, options={"trouble": [None, 2]})
-    still = np.zeros((2, 2), np.float32)
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_autoreset_brings_a_lost_env_back(point, mode, num_envs):
+    env = point(num_envs, workers=num_envs, autoreset_mode=mode)
+    env.reset(seed=0, options={"trouble": [2, None][:num_envs]})
+    still = np.zeros((num_envs, 2), np.float32)
     env.step(still)
     with pytest.warns(RuntimeWarning):
         observation, _, terminated, truncated, info = env.step(still)
-    assert info["aborted"].tolist() == [False, True] and truncated.tolist() == [False, True] and not terminated.any()
+    assert info["aborted"].tolist() == truncated.tolist() == [True, False][:num_envs] and not terminated.any()
     if mode is AutoresetMode.NEXT_STEP:
         observation, _, _, truncated, info = env.step(still)
         assert not truncated.any() and not info["aborted"].any()
     else:
-        assert info["final_obs"][1]["task_descriptions"] == "" and info["final_obs"][0] is None
+        assert info["final_obs"][0]["task_descriptions"] == "" and info["final_obs"][1:].tolist() == [None] * (num_envs - 1)
     single = gym.make("test/Point")
-    assert same(select(observation, 1), single.reset(seed=int(info["seed"][1]))[0])
+    assert same(select(observation, 0), single.reset(seed=int(info["seed"][0]))[0])
 
 
 def test_a_worker_killed_between_calls(point):
@@ -439,7 +440,10 @@ def test_a_worker_killed_between_calls(point):
     assert result.info["aborted"].tolist() == [False, True, False]
     env._workers[2].process.kill()
     observation, _ = env.reset(options={"reset_mask": np.array([False, True, False])})  # one comes back, the other is lost meanwhile
-    assert observation["task_descriptions"][1] and env.step_chunk(np.zeros((3, 2, 2))).length[1] == 2
+    assert [text != "" for text in observation["task_descriptions"]] == [True, True, False]
+    with pytest.warns(RuntimeWarning, match="env 2"):
+        result = env.step_chunk(np.zeros((3, 2, 2)))
+    assert result.length.tolist() == [2, 2, 0] and result.info["aborted"].tolist() == [False, False, True]
 
 
 def test_an_episode_lost_outside_a_chunk_is_reported_by_the_next(point):
@@ -470,8 +474,14 @@ def test_repeated_failure_is_an_error_with_the_workers_traceback(point):
 
 
 class Unbuildable(PointWorld):
-    def __init__(self):
-        os.kill(os.getpid(), signal.SIGSEGV)
+    """Dies while it is built, unless it has done so `patience` times before; counts in a file."""
+
+    def __init__(self, log: str, patience: int):
+        with open(log, "a") as file:
+            file.write("x")
+        if os.path.getsize(log) <= patience:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        super().__init__()
 
 
 class Unresettable(PointWorld):
@@ -489,9 +499,13 @@ class Odd(PointWorld):
         raise OddError("odd", "indeed")  # cannot be unpickled
 
 
-def test_errors_of_construction_and_reset():
+def test_errors_of_construction_and_reset(tmp_path):
+    card, log = dataclasses.replace(POINT, simulation="tests.test_vector:Unbuildable"), tmp_path / "log"
     with pytest.raises(WorkerError, match=f"failed {ATTEMPTS} times to build.*SIGSEGV"):
-        VectorEnv(dataclasses.replace(POINT, simulation="tests.test_vector:Unbuildable"), 1)
+        VectorEnv(card, 1, log=str(log), patience=99)
+    assert log.read_text() == "x" * ATTEMPTS
+    log.unlink()
+    VectorEnv(card, 1, log=str(log), patience=ATTEMPTS - 1).close()
     env = VectorEnv(dataclasses.replace(POINT, simulation="tests.test_vector:Unresettable"), 1)
     with pytest.raises(WorkerError, match=f"env 0 failed {ATTEMPTS} times in a row.*exited with status 3"):
         env.reset(seed=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.resources
 import json
-import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +40,8 @@ def resolve(
     token: str | bool | None = None,
 ) -> Path:
     """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached)."""
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
     name = str(name)
     card = catalog.POLICIES.get(name)
     if card is not None and card.folder:
@@ -71,9 +71,11 @@ def resolve(
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"there is no repository {name!r} on the hub, or it needs a token; {catalog.suggest(name, catalog.POLICIES)}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        near = "" if name in catalog.POLICIES else catalog.suggest(name, catalog.POLICIES)
         raise FileNotFoundError(
             f"{name!r} is not in the local cache and could not be downloaded ({type(error).__name__}: {error}). "
             f"On a machine with a network run: hf download {name}; then copy the cache here, or pass the folder instead of the id."
+            + (f" It is no id that vlahub knows: {near}" if near.startswith("did you mean") else "")
         ) from error
 
 
@@ -137,7 +139,10 @@ def safetensors_files(folder: Path, stem: str = "model") -> list[Path]:
     """`model.safetensors`, or every shard that `model.safetensors.index.json` names; a missing shard is an error."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
+        record = read_json(index)
+        if not isinstance(record, dict) or not isinstance(record.get("weight_map"), dict):
+            raise CheckpointError(f"{index} has no weight_map, so it names no shards; download it again")
+        shards = sorted(set(record["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).exists()]
         if missing:
             raise CheckpointError(f"{folder} is incomplete: {len(missing)} of {len(shards)} shards are missing ({', '.join(missing[:4])}); download it again")
@@ -151,11 +156,14 @@ def safetensors_files(folder: Path, stem: str = "model") -> list[Path]:
 def read_pt(path: Path) -> Any:
     """A torch.save file, memory-mapped, without running pickled code: a file that holds anything but tensors and plain containers is refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        # the format before PyTorch 1.6 is no zip file and cannot be memory-mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # pickled code is an UnpicklingError; damaged bytes can be any error of the restricted unpickler
         raise CheckpointError(
             f"{path} holds more than tensors and plain containers, or is damaged; it was not loaded because unpickling it could run code. "
-            f"Re-save its state dict with torch.save or safetensors. ({str(error).splitlines()[0]})"
+            f"Re-save its state dict with torch.save or safetensors. ({str(error).splitlines()[0][:200] if str(error) else 'empty file'})"
         ) from error
 
 
@@ -202,11 +210,12 @@ def load_tensors(
     """Put a checkpoint's tensors into a module, strictly.
 
     Build the module on the meta device (`with torch.device("meta")`): then each tensor is read once and becomes the parameter, cast to the dtype that the
-    parameter has. `rename` maps a checkpoint key to the module's key; None drops it (counted as ignored). `may_miss` and `may_ignore` are shell patterns over
+    parameter has. Tied parameters need one of their names in the checkpoint and stay tied. `rename` maps a checkpoint key to the module's key; None drops it (counted as ignored). `may_miss` and `may_ignore` are shell patterns over
     module keys and checkpoint keys. A module key in `may_miss` that the checkpoint lacks keeps its value, so it must not be on the meta device.
     """
     wanted = module.state_dict()
     report, chosen = KeyReport(), {}
+    aliases = tied(module)
     for name in weights:
         target = rename(name)
         if target is None or (target not in wanted and any(fnmatch.fnmatchcase(name, pattern) for pattern in may_ignore)):
@@ -221,14 +230,27 @@ def load_tensors(
                 report.mis_shaped.append(f"{name} {list(shape)} for {list(wanted[target].shape)}")
             chosen[target] = name
     for name in wanted:
-        if name not in chosen:
+        if name not in chosen and not any(other in chosen for other in aliases.get(name, ())):
             (report.initialised if any(fnmatch.fnmatchcase(name, pattern) for pattern in may_miss) else report.missing).append(name)
     if report.refused():
         raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n" + "\n".join(f"  - {line}" for line in report.refused()))
     state = {target: weights[name].to(device=device, dtype=wanted[target].dtype) for target, name in chosen.items()}
     module.load_state_dict(state, strict=False, assign=True)
     report.loaded = len(state)
+    for name, group in aliases.items():  # assign=True gave each name a parameter of its own
+        source_name = next((other for other in group if other in chosen), None)
+        if source_name not in (None, name):
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, module.get_parameter(source_name))
     stranded = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if stranded:
         raise CheckpointError(f"{type(module).__name__}: {len(stranded)} tensors were left without values: {', '.join(stranded[:6])}")
     return report
+
+
+def tied(module: nn.Module) -> dict[str, list[str]]:
+    """Each parameter that has several names -> all of them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}

@@ -111,7 +111,10 @@ def _field(entry: Mapping[str, Any]) -> Field:
     entry = dict(entry)
     for side, infinite in (("low", -np.inf), ("high", np.inf)):
         bound = entry.get(side)
-        entry[side] = infinite if bound is None else tuple(bound) if isinstance(bound, list) else bound
+        if isinstance(bound, list):
+            entry[side] = tuple(infinite if one is None else one for one in bound)
+        else:
+            entry[side] = infinite if bound is None else bound
     return Field(**entry)
 
 

@@ -83,7 +83,7 @@ def validate(observation: Mapping[str, Any]) -> None:
         if value is None:
             raise ValueError(f"observation[{key!r}] is None; leave an absent key out")
     texts = observation["task_descriptions"]
-    if not isinstance(texts, str) and not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, str) and not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
         raise ValueError("observation['task_descriptions'] must be a str, or a list of str in a batch")
     batch = () if isinstance(texts, str) else (len(texts),)
     for key in (*IMAGES, "states"):
@@ -100,7 +100,7 @@ def validate(observation: Mapping[str, Any]) -> None:
         inner = len(shape) - len(batch)
         if key == "states" and inner != 1:
             raise ValueError(f"observation['states'] has shape {shape}, expected {[*batch, 'D']}")
-        if key != "states" and (shape[-1] != 3 or inner not in ((3,) if key == "main_images" else (3, 4))):
+        if key != "states" and (shape[-1:] != (3,) or inner not in ((3,) if key == "main_images" else (3, 4))):
             raise ValueError(
                 f"observation[{key!r}] has shape {shape}, expected {[*batch, 'H', 'W', 3]}"
                 + ("" if key == "main_images" else " or one more dimension for views")
@@ -150,8 +150,8 @@ def to_torch(observation: Mapping[str, Any], device: torch.device | str = "cpu")
     def move(value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value.to(device)
-        tensor = torch.from_numpy(np.ascontiguousarray(value))
-        return tensor.clone() if torch.device(device).type == "cpu" else tensor.to(device)
+        # torch.tensor copies, and takes read-only buffers without a warning, but no negative strides (pictures turned by slicing)
+        return torch.tensor(np.ascontiguousarray(value), device=device)
 
     return {key: value if key == "task_descriptions" else move(value) for key, value in observation.items()}
 

@@ -61,6 +61,9 @@ class Policy(nn.Module):
 
     family: ClassVar[str]
     Config: ClassVar[type]
+    fresh: ClassVar[
+        tuple[str, ...]
+    ] = ()  # shell patterns of parameters that a checkpoint may lack (RL heads, adapters); built with values even under the meta device
 
     config: Any
     interface: Interface
@@ -181,21 +184,32 @@ class Policy(nn.Module):
         with torch.device("meta"):
             policy = cls.from_config(config, folder)
         if dtype is not None:
-            policy.to(dtype)
-        hub.load_tensors(policy, hub.Weights(hub.safetensors_files(folder)), device=device, source=str(folder))
-        return policy
+            policy.cast(dtype)
+        hub.load_tensors(policy, hub.Weights(hub.safetensors_files(folder)), may_miss=cls.fresh, device=device, source=str(folder))
+        return policy.to(device)  # what the checkpoint lacked
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Change the dtype of the weights. Families that keep some parts in float32 override it."""
+        return self.to(dtype)
 
     def side_files(self) -> dict[str, bytes]:
         """Files beside config and weights that from_config needs: the tokenizer, mostly."""
         return {}
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
-        """Write config.json, model.safetensors (shards above 5 GB), side files and README.md; `from_pretrained` reads them back."""
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, shard: str = "5GB", tensors: Mapping[str, torch.Tensor] | None = None) -> Path:
+        """Write config.json, model.safetensors (in shards where larger than `shard`), side files and README.md; `from_pretrained` reads them back.
+
+        `tensors` stands in for the state dict where the parameters themselves are sharded over ranks (`vlahub.checkpoint` gathers them)."""
         from huggingface_hub import save_torch_state_dict
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder, max_shard_size="5GB")
+        # parameters that are views of one block look like duplicates to the writer
+        state = {
+            name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
+            for name, tensor in (self.state_dict() if tensors is None else tensors).items()
+        }
+        save_torch_state_dict(state, folder, max_shard_size=shard)
         for name, data in self.side_files().items():
             (folder / name).write_bytes(data)
         record = {"vlahub_family": self.family, "config": config_to_dict(self.config), "interface": self.interface.to_dict()}

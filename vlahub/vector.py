@@ -14,6 +14,7 @@ The memory is an anonymous file: it has no name in /dev/shm, is not bound by the
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import pickle
@@ -27,7 +28,6 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 import gymnasium
@@ -40,7 +40,7 @@ from vlahub import catalog, worker
 from vlahub.catalog import EnvCard
 from vlahub.env import ChunkResult, checked_actions, checked_seed
 from vlahub.observation import Observation, space_of
-from vlahub.worker import Facts, Failure, Job, Layout, Reply, Setup
+from vlahub.worker import Channel, Facts, Failure, Job, Layout, Reply, Setup
 
 SLABS_PER_SLOT = 4  # one being written, one or two that the user holds, one to spare; untouched slabs cost no memory
 ATTEMPTS = 3  # failures of one env in a row, without a chunk that worked between them, after which the vector env gives up
@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, card: EnvCard, world: bytes, envs: range, num_envs: int, memory: int, timeout: float):
         self.card, self.world, self.envs, self.num_envs, self.memory, self.timeout = card, world, envs, num_envs, memory, timeout
         self.process: subprocess.Popen | None = None
-        self.connection: Connection | None = None
+        self.channel: Channel | None = None
         self.facts: Facts | None = None  # None until the process has built its simulations
         self.deadline = 0.0
         self.lost = ""  # why the last message could not be sent
@@ -73,16 +73,15 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), f"vlahub-worker-{self.envs.start}"],
+                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), json.dumps(list(map(str, sys.path)))],
                 pass_fds=(theirs.fileno(), self.memory),
                 stdin=subprocess.DEVNULL,  # some simulators ask questions; nobody could answer
                 env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C goes to the parent alone, which then ends the workers
             )
-        self.connection, self.facts = Connection(ours.detach()), None
+        self.channel, self.facts, self.lost = Channel(ours), None, ""
         self.deadline = time.monotonic() + self.timeout * len(self.envs)
         main = worker.main_module() if b"__main__" in self.world else None
-        self._send(sys.path)
         self._send(Setup(os.getpid(), self.memory, self.num_envs, self.envs, main, self.world))
 
     def post(self, slab: int, jobs: Mapping[int, Job]) -> None:
@@ -95,9 +94,10 @@ class Worker:
         self._send((slab, jobs))
 
     def _send(self, message: Any) -> None:
+        self.channel.socket.settimeout(self.timeout)
         try:
-            self.connection.send(message)
-        except (BrokenPipeError, ConnectionError) as error:
+            self.channel.send(message)
+        except OSError as error:
             self.lost = str(error)  # told when the answer is asked for
 
     def ready(self) -> Facts | Failure:
@@ -118,24 +118,22 @@ class Worker:
         return self._receive()
 
     def _receive(self) -> Any:
-        try:
-            while not self.lost and not self.connection.poll(min(1.0, max(0.0, self.deadline - time.monotonic()))):
-                # a dead process whose own children hold the socket open gives no end of file
-                if self.process.poll() is not None and not self.connection.poll():
-                    self.lost = "it died"
-                elif time.monotonic() >= self.deadline:
-                    self.lost = f"it gave no answer within timeout={self.timeout:g} seconds per env and was killed"
-                    self.kill()
-            if not self.lost:
-                return self.connection.recv()
-        except (EOFError, ConnectionError, pickle.UnpicklingError):
-            self.lost = "it died"
-        if self.process is not None:
+        while not self.lost:
+            # An answer that is there counts even if it is fetched late, after the deadline of another worker was waited for
+            remaining = self.deadline - time.monotonic()
             try:
-                self.process.wait(1.0)  # its socket may close a moment before its exit status is known
-            except subprocess.TimeoutExpired:
-                pass
-            status = self.process.poll()
+                self.channel.socket.settimeout(min(1.0, max(remaining, 0.001)))
+                return self.channel.receive()
+            except TimeoutError:
+                if self.process.poll() is not None:  # a dead process whose own children hold the socket open gives no end of file
+                    self.lost = "it died"
+                elif remaining <= 0:
+                    self.kill()
+                    self.lost = f"it gave no answer within timeout={self.timeout:g} seconds per env and was killed"
+            except (EOFError, OSError):
+                self.lost = "it died"
+        if self.process is not None:
+            status = _wait(self.process, 1.0)  # its socket may close a moment before its exit status is known
             self.kill()
             if status is not None and status < 0:
                 self.lost = f"it was killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
@@ -145,23 +143,28 @@ class Worker:
 
     def hang_up(self) -> None:
         """Ask the process to close its simulations and leave."""
-        if self.connection is not None:
-            self.connection.close()
+        if self.channel is not None:
+            self.channel.socket.close()
 
     def kill(self, grace: float = 0.0) -> None:
         """End the process, and whatever it started, after `grace` seconds at the latest."""
         self.hang_up()
         if self.process is not None:
-            try:
-                self.process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
+            _wait(self.process, grace)
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.wait()
-        self.process = self.connection = self.facts = None
+            _wait(self.process, GRACE)  # a process that is stuck in a driver ends when the driver lets it
+        self.process = self.channel = self.facts = None
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit status, or None if the process has not ended by then."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def shut_down(workers: Sequence[Worker], memory: int, owner: int) -> None:
@@ -246,7 +249,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"workers={workers} is too few for slots={slots}: a worker serves one slot")
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        self.num_envs, self.render_mode = int(num_envs), render_mode
+        self.num_envs, self.slots, self.render_mode = int(num_envs), int(slots), render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
 
         self._slots = [range(part[0], part[-1] + 1) for part in np.array_split(range(num_envs), slots)]
@@ -289,6 +292,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         self._lost: dict[int, str] = {}  # episodes lost outside a chunk, to be reported by the next one
         self._failures = np.zeros(self.num_envs, int)  # in a row
         self._pending: dict[int, Exchange] = {}  # by slot
+        self._started = False  # has any env been reset?
         self.closed = False
 
     def _build(self) -> Facts:
@@ -320,7 +324,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         Args:
             seed: an int s gives env i the seed s + i; a list gives each its own, None for a drawn one. Without a seed, every env draws from the generator
                 that its own last seed started. info["seed"] says which seeds were used.
-            options: `reset_mask`, bool [B], resets some envs only. Every other option goes to the simulations: a list, tuple or array has one value per env.
+            options: `reset_mask`, bool [B], resets some envs only. Every other option goes to the simulations: a list, tuple or array has one value per env
+                (None: this env goes without the option), anything else is for all.
             slot: reset within this slot only (masks, lists and the observation are of its size); the other slots may be under way.
         """
         rows = self._idle(slot, "reset")
@@ -406,7 +411,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int) -> Exchange:
         """Check the arguments and start the chunk."""
-        if not self._shown.any() and not self._lost:
+        if not self._started:
             raise gymnasium.error.ResetNeeded(f"call reset() before {where}()")
         if isinstance(actions, (list, tuple)):
             if len(actions) != len(rows):
@@ -434,9 +439,10 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             elif self._over[env] and self.autoreset_mode is AutoresetMode.NEXT_STEP:
                 jobs[env] = Job("reset", seed=self._seed(env))
             elif not self._over[env] and len(chunks[row]):
-                jobs[env] = Job("run", actions=chunks[row], record_every=record_every if recorded[row] else 0)
+                next_seed = None
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
-                    jobs[env].next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
+                    next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
+                jobs[env] = Job("run", actions=chunks[row].tobytes(), next_seed=next_seed, record_every=record_every if recorded[row] else 0)
             elif self._shown[env]:
                 jobs[env] = Job("repeat")
         clips = {env: int(clipped[row]) for row, env in enumerate(rows) if clipped[row]}
@@ -458,9 +464,9 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
                     infos[row].update(final_obs=self._nothing(), final_info={"aborted": True})
             elif reply.outcome is not None:
-                *outcome, length[row] = reply.outcome
-                for batch, one in zip((reward, terminated, truncated), outcome, strict=True):
-                    batch[row, : len(one)] = one
+                ran = length[row] = reply.outcome.length
+                reward[row, :ran] = np.frombuffer(reply.outcome.reward, np.float32)
+                terminated[row, ran - 1], truncated[row, ran - 1] = reply.outcome.terminated, reply.outcome.truncated
                 if reply.final is not None:
                     final_obs, final_info = reply.final
                     infos[row].update(final_obs=final_obs, final_info=final_info)
@@ -539,10 +545,11 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             if job.kind == "reset" or reply.final is not None:
                 self._over[env], self._shown[env] = False, True
                 self._lost.pop(env, None)
+                self._started = True
                 if reply.final is not None:
                     self._next_seeds[env] = None
             elif reply.outcome is not None:
-                self._over[env] = (reply.outcome[1] | reply.outcome[2]).any()
+                self._over[env] = reply.outcome.terminated or reply.outcome.truncated
             if reply.outcome is not None:
                 self._failures[env] = 0
             return None
@@ -618,7 +625,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _nothing(self) -> Observation:
         """The observation of an env without an episode."""
-        zeros = {key: np.zeros(shape[1:], dtype) for key, dtype, shape, _ in self._layout.blocks}
+        zeros = {key: np.zeros(shape[1:], dtype) for key, dtype, shape, *_ in self._layout.blocks}
         return {**zeros, "task_descriptions": ""}
 
     # Seeds
@@ -685,7 +692,8 @@ def per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         else:
             values = [value] * count
         for one, its_value in zip(each, values, strict=True):
-            one[name] = its_value
+            if its_value is not None:
+                one[name] = its_value
     return each
 
 
@@ -701,11 +709,13 @@ def collate(infos: Mapping[int, Mapping[str, Any]], count: int) -> dict[str, Any
 
 
 def _column(values: Mapping[int, Any], count: int, key: str) -> Any:
-    some: Sequence[Any] = list(values.values())
-    if key != "final_obs" and all(isinstance(value, Mapping) for value in some):  # Gymnasium keeps final_obs as one dict per env
+    some = list(values.values())
+    kinds = set(map(type, some))
+    if len(kinds) == 1 and kinds <= {bool, int, float} and len(some) == count:  # the usual case, quickly
+        return np.array(some)
+    if key != "final_obs" and all(issubclass(kind, Mapping) for kind in kinds):  # Gymnasium keeps final_obs as one dict per env
         return collate(values, count)
-    numbers = all(isinstance(value, (bool, int, float, np.number, np.bool_, np.ndarray)) for value in some)
-    if numbers and len({np.shape(value) for value in some}) == 1:
+    if all(issubclass(kind, (bool, int, float, np.number, np.bool_, np.ndarray)) for kind in kinds) and len(set(map(np.shape, some))) == 1:
         stacked = np.stack([np.asarray(value) for value in some])
         column = np.zeros((count, *stacked.shape[1:]), stacked.dtype)
         column[list(values)] = stacked

@@ -1,0 +1,54 @@
+# make setup | demo | test: each installs what is missing first. `make help` lists all.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= outputs/demo
+EPISODES ?= 20
+# The address of a package index with CPU builds of torch (the PyTorch install page names one). Empty: what pip finds by itself.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Options: PYTHON=python3.12 (the interpreter of a new .venv), TORCH_INDEX=ADDRESS (a package index with CPU builds of torch)"
+
+setup: system $(STAMP) ## Install everything into .venv; as root also the system packages for software rendering
+
+.PHONY: system
+system:
+	@bash tools/system_packages.sh
+	@if [ "$(origin PYTHON)" = "command line" ] && [ -x $(BIN)/python ]; then \
+		wanted=$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])'); there=$$($(BIN)/python -c 'import sys; print(sys.version_info[:2])'); \
+		if [ "$$wanted" != "$$there" ]; then echo "$(VENV) holds Python $$there, PYTHON=$(PYTHON) is $$wanted: run 'make clean' first"; exit 1; fi; fi
+
+# hf-libero declares gigabytes that nothing here imports, so it comes without its dependencies; the extra `libero` lists what it does import.
+$(STAMP): pyproject.toml constraints.txt tools/no_deps.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vlahub needs Python >= 3.11; this is %s. Say which with make setup PYTHON=python3.12" % sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes; the log is $(VENV)/install.log)"
+	@{ $(if $(TORCH_INDEX),$(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' constraints.txt) &&) \
+		$(PIP) install -c constraints.txt -e '.[dev]' && $(PIP) install --no-deps -r tools/no_deps.txt; } > $(VENV)/install.log 2>&1 \
+		|| { tail -n 20 $(VENV)/install.log; echo "installing failed; the whole log is $(VENV)/install.log"; exit 1; }
+	@touch $(STAMP)
+	@echo "installed; activate with: source $(VENV)/bin/activate"
+
+demo: setup ## Evaluate the scripted expert and a random policy on RoboTwin-ClickBell; videos and report in outputs/demo
+	@for policy in expert random; do \
+		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --num-envs 2 --seed 0 --out $(OUT)/$$policy || exit 1; done
+	@for policy in expert random; do echo "report of the $$policy policy: $(abspath $(OUT))/$$policy/report.html"; done
+
+test: setup ## Run the whole test suite
+	@$(BIN)/python -m pytest -n 2 tests
+
+lint: setup ## Check style and formatting
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean: ## Remove .venv, caches and outputs
+	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,309 @@
+"""Latency of pi0 and pi0.5 at full size with random weights, beside transformers' own pi0 and beside the floor, in one run on one GPU.
+
+    python benchmarks/policy_latency.py                      # the table; a JSON copy in $OUT if that is set
+    python benchmarks/policy_latency.py --quick              # pi0 at batch 1 and 64 only
+    python benchmarks/policy_latency.py --device cpu --tiny  # does the script work at all?
+
+Every number is the median over CUDA events of one decision: images already resized and text already tokenised (all tokens real) -> the whole chunk of normalised actions.
+The floor of a phase is the larger of its bytes over the measured copy bandwidth and its operations over the measured bf16 matrix rate.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from vlahub_policies.parts import capture, flow, gemma, images, text
+from vlahub_policies.parts.robots import LIBERO
+from vlahub_policies.pi0 import Pi0Config, Pi0Policy
+
+ROWS: list[dict] = []
+
+
+def measure(function, device: str, seconds: float = 1.5, least: int = 5, most: int = 30) -> float:
+    """Median milliseconds."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    function()
+    torch.cuda.synchronize()
+    times, start = [], time.perf_counter()
+    while len(times) < least or (time.perf_counter() - start < seconds and len(times) < most):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        function()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after))
+    return statistics.median(times)
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """(operations per second of bf16 matrix products, bytes per second of a copy), both measured."""
+    if device == "cpu":
+        return 1e11, 1e10
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * 8192**3 / (measure(lambda: a @ b, device) / 1e3)
+    block = torch.empty(2**32, device=device, dtype=torch.uint8)
+    target = torch.empty_like(block)
+    return rate, 2 * 2**32 / (measure(lambda: target.copy_(block), device) / 1e3)
+
+
+def floor(policy: Pi0Policy, batch: int, cameras: int, tokens: int, steps: int, rate: float, bandwidth: float) -> float:
+    """Milliseconds."""
+    config = policy.config
+
+    def weights(*modules) -> tuple[int, int]:
+        parameters = [p for module in modules for p in module.parameters()]
+        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+
+    patches = cameras * config.vision.tokens
+    prefix = patches + tokens
+    suffix = config.horizon + (0 if config.pi05 else 1)
+    attention = 4 * config.vlm.depth * config.vlm.num_heads * config.vlm.head_dim
+    vision = 4 * config.vision.num_hidden_layers * config.vision.hidden_size * config.vision.tokens
+    total = 0.0
+    tower, language = policy.paligemma.model.vision_tower, policy.language_model
+    for (count, size), length, extra, times in (
+        (weights(tower), patches, vision * patches, 1),
+        (weights(language), prefix, attention * prefix * prefix, 1),
+        (weights(policy.expert), suffix, attention * suffix * (prefix + suffix), steps),
+    ):
+        total += times * max(size / bandwidth, batch * (2 * count * length + extra) / rate)
+    return 1e3 * total
+
+
+def inputs_for(policy: Pi0Policy, batch: int, cameras: int, tokens: int) -> dict[str, torch.Tensor]:
+    config, device = policy.config, policy.device
+    size = config.vision.image_size
+    return {
+        "images": torch.randint(0, 256, (batch, cameras, 3, size, size), dtype=torch.uint8, device=device),
+        "tokens": torch.randint(0, config.vocab_size, (batch, tokens), device=device),
+        "token_mask": torch.ones(batch, tokens, dtype=torch.bool, device=device),
+        "state": torch.randn(batch, config.action_dim, device=device),
+    }
+
+
+def report(**row) -> None:
+    ROWS.append(row)
+    floor_ms = row.get("floor_ms")
+    print(
+        f"{row['model']:<6} {row['variant']:<22} batch {row['batch']:>3}  cameras {row['cameras']}  tokens {row['tokens']:>3}  steps {row['steps']:>2} "
+        f" {row['ms']:>9.2f} ms"
+        + (f"  floor {floor_ms:>7.2f}  x{row['ms'] / floor_ms:.2f}" if floor_ms else "")
+        + (f"  {row['note']}" if row.get("note") else ""),
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def decide(policy: Pi0Policy, inputs: dict, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    return policy._run(inputs, noise, flow.euler(steps), None)[0].chain[:, -1]
+
+
+def run(policy: Pi0Policy, model: str, variant: str, batch: int, cameras: int, tokens: int, steps: int, rate: float, bandwidth: float) -> torch.Tensor | None:
+    device = policy.device.type
+    policy.config = replace(policy.config, acceleration=variant) if policy.config.acceleration != variant else policy.config
+    torch.manual_seed(0)
+    given = inputs_for(policy, batch, cameras, tokens)
+    noise = torch.randn(batch, policy.horizon, policy.config.action_dim, device=device)
+    try:
+        start = time.perf_counter()
+        first = decide(policy, given, noise, steps).cpu()
+        started = time.perf_counter() - start
+        ms = measure(lambda: decide(policy, given, noise, steps), device)
+    except RuntimeError:  # out of memory, or a kernel that this machine lacks: say so and measure the rest
+        traceback.print_exc()
+        return None
+    report(model=model, variant=variant, batch=batch, cameras=cameras, tokens=tokens, steps=steps, ms=ms, start_s=started,
+           floor_ms=floor(policy, batch, cameras, tokens, steps, rate, bandwidth), note=f"first call {started:.1f} s")  # fmt: skip
+    return first
+
+
+@torch.no_grad()
+def phases(policy: Pi0Policy, model: str, batch: int, cameras: int, tokens: int) -> None:
+    """Where the time goes: each phase in its own CUDA graph."""
+    device = policy.device.type
+    given = inputs_for(policy, batch, cameras, tokens)
+    x = torch.randn(batch, policy.horizon, policy.config.action_dim, device=device)
+    prefix, timing = policy._encode(given), policy.timing(torch.full((1,), 0.5, device=device))
+    tower = policy.paligemma.model.vision_tower.vision_model
+    parts = {
+        "vision": lambda inputs: {"out": tower(images.to_pixels(inputs["images"]).flatten(0, 1), policy._through)},
+        "prefix (with vision)": lambda inputs: {"out": policy._encode(inputs).out},
+        "one step": lambda inputs: {"out": policy.velocity(policy.expert_features(prefix, inputs["state"], x, timing))},
+    }
+    for name, part in parts.items():
+        captured = capture.Captured(part) if device == "cuda" else part
+        ms = measure(lambda captured=captured: captured(given), device)
+        report(model=model, variant=f"{policy.config.acceleration}: {name}", batch=batch, cameras=cameras, tokens=tokens, steps=0, ms=ms)
+
+
+@torch.no_grad()
+def attention(device: str, batch: int, queries: int, keys: int) -> None:
+    """One layer's attention in several forms, to choose by."""
+    q = torch.randn(batch, queries, 8, 256, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, keys, 1, 256, device=device, dtype=torch.bfloat16) for _ in range(2))
+    bias = torch.zeros(batch, 1, queries, keys, device=device, dtype=torch.bfloat16)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def fused(backend):
+        def function(inputs):
+            with sdpa_kernel(backend):
+                return {"out": gemma.attend(inputs["q"], k, v, bias)}
+
+        return function
+
+    def products(inputs):
+        rows = inputs["q"].transpose(1, 2).reshape(batch, -1, 256)  # heads beside queries: one product serves all heads
+        scores = rows @ k[:, :, 0].transpose(1, 2) * 256**-0.5
+        weights = (scores.unflatten(1, (8, -1)).float() + bias).softmax(-1).to(rows.dtype)
+        return {"out": (weights.flatten(1, 2) @ v[:, :, 0]).unflatten(1, (8, -1)).transpose(1, 2).reshape(batch, queries, -1)}
+
+    forms = {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "products": products}
+    for name, form in forms.items():
+        try:
+            captured = capture.Captured(lambda inputs, form=form: [form(inputs) for _ in range(20)][-1])
+            ms = measure(lambda captured=captured: captured({"q": q}), device, 0.3) / 20
+            print(f"attention  {name:<10} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  {1e3 * ms:>8.1f} us", flush=True)
+            ROWS.append({"attention": name, "batch": batch, "queries": queries, "keys": keys, "us": 1e3 * ms})
+        except RuntimeError as error:
+            print(f"attention  {name:<10} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
+
+
+def peer(device: str, tiny: bool):
+    """transformers' pi0 with random bf16 weights."""
+    from transformers import PI0Config, PI0ForConditionalGeneration
+
+    sizes = {}
+    if tiny:
+        sizes = dict(
+            vlm_config=dict(model_type="paligemma", projection_dim=32, image_token_id=384,
+                text_config=dict(model_type="gemma", hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=384),
+                vision_config=dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=128, patch_size=16, vision_use_head=False)),
+            dit_config=dict(model_type="gemma", hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16),
+            chunk_size=10,
+        )  # fmt: skip
+    config = PI0Config(**sizes)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = PI0ForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(dtype)
+    return model
+
+
+@torch.no_grad()
+def run_peer(model, batch: int, cameras: int, tokens: int, steps: int, size: int, per_image: int, variant: str) -> None:
+    device = next(model.parameters()).device.type
+    image_token = model.config.vlm_config.image_token_id
+    ids = torch.cat([torch.full((batch, cameras * per_image), image_token, device=device), torch.randint(3, 300, (batch, tokens), device=device)], 1)
+    given = dict(
+        state=torch.randn(batch, 32, device=device, dtype=torch.bfloat16),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(batch, cameras, 3, size, size, device=device, dtype=torch.bfloat16),
+        pixel_attention_mask=torch.ones(batch, cameras, dtype=torch.bool, device=device),
+        num_steps=steps,
+    )
+    try:
+        start = time.perf_counter()
+        model.sample_actions(**given).cpu()
+        started = time.perf_counter() - start
+        ms = measure(lambda: model.sample_actions(**given), device)
+    except Exception:  # someone else's code: whatever it raises is reported, and our own rows stand
+        traceback.print_exc()
+        return
+    report(model="pi0", variant=variant, batch=batch, cameras=cameras, tokens=tokens, steps=steps, ms=ms, start_s=started, note=f"first call {started:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--quick", action="store_true", help="pi0 at batch 1 and 64 only")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
+    parser.add_argument("--models", nargs="+", default=["pi0", "pi05"], choices=["pi0", "pi05"], help="which of our models")
+    parser.add_argument(
+        "--compile-batches", nargs="*", type=int, default=[1, 8, 64], help="batch sizes at which the compiled form is measured too (each compiles anew)"
+    )
+    options = parser.parse_args()
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("policy_latency: no CUDA device; try --device cpu --tiny")
+    torch.set_float32_matmul_precision("high")  # TF32 for the few float32 layers, as all peers run
+    begun = time.perf_counter()
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    rate, bandwidth = ceilings(device)
+    print(f"{name}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s bf16, {bandwidth / 1e12:.2f} TB/s copy", flush=True)
+    models = options.models[:1] if options.quick else options.models
+    batches = (1, 64) if options.quick else (1, 8, 64)
+    if options.tiny:
+        batches = (1, 2)
+    for model in models:
+        pi05 = model == "pi05"
+        tokens = 200 if pi05 else 48
+        config = Pi0Config(pi05=pi05, max_token_len=tokens, interface=LIBERO, acceleration="graph")
+        if options.tiny:
+            config = Pi0Config.tiny(LIBERO, pi05=pi05, max_token_len=tokens, action_dim=32)
+        start = time.perf_counter()
+        with torch.device(device):
+            policy = Pi0Policy(config, text.bundled()).eval()
+        policy.to(device).cast(torch.bfloat16)
+        print(f"{model}: {sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters built in {time.perf_counter() - start:.1f} s", flush=True)
+        args = dict(rate=rate, bandwidth=bandwidth)
+        for batch in batches:
+            reference = run(policy, model, "off", batch, 2, tokens, 10, **args)
+            same = run(policy, model, "graph", batch, 2, tokens, 10, **args)
+            if reference is not None and same is not None:
+                error = (reference - same).norm() / reference.norm()
+                print(f"       eager and graph differ by {float(error):.1e} of the norm", flush=True)
+            if batch in options.compile_batches:
+                compiled = run(policy, model, "compile", batch, 2, tokens, 10, **args)
+                if reference is not None and compiled is not None:
+                    print(f"       eager and compiled differ by {float((reference - compiled).norm() / reference.norm()):.1e} of the norm", flush=True)
+                if batch in (1, 64):
+                    phases(policy, model, batch, 2, tokens)
+                run(policy, model, "compile", batch, 2, tokens, 4, **args)
+        policy.config = replace(policy.config, acceleration="graph")
+        if not options.quick:
+            for batch in batches:
+                for cameras, steps in ((1, 10), (3, 10), (1, 4), (2, 4), (3, 4)):
+                    run(policy, model, "graph", batch, cameras, tokens, steps, **args)
+            run(policy, model, "graph", 1, 2, 16, 10, **args)
+        del policy
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if device == "cuda":
+        for batch in (1, 64):
+            attention(device, batch, 560, 560)
+            attention(device, batch, 51, 611)
+    if not options.no_peer:
+        try:
+            other = peer(device, options.tiny)
+        except Exception:  # the peer's absence must not cost our rows
+            traceback.print_exc()
+        else:
+            size, per_image = (128, 64) if options.tiny else (224, 256)
+            for batch in batches:
+                run_peer(other, batch, 2, 48, 10, size, per_image, "transformers eager")
+    print(f"whole run {time.perf_counter() - begun:.0f} s", flush=True)
+    if os.environ.get("OUT"):
+        record = {"gpu": name, "torch": torch.__version__, "tflops": rate / 1e12, "tb_per_s": bandwidth / 1e12, "rows": ROWS}
+        (Path(os.environ["OUT"]) / "policy_latency.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m vlahub` is the `vlahub` command."""
+
+import sys
+
+from vlahub.cli import main
+
+sys.exit(main())

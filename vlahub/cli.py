@@ -1,0 +1,292 @@
+"""`vlahub list | doctor | eval`: the command line. `python -m vlahub` is the same.
+
+A subcommand is a function with a docstring; its signature is the command's help. Errors of the user's making are one message and exit status 2;
+`--debug` anywhere on the line shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json as json_module
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import gymnasium
+import tyro
+
+from vlahub import catalog
+
+# What a wrong argument, a missing package or file, or a world that cannot run raises. Anything else is a bug and keeps its traceback.
+EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError, gymnasium.error.Error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    # `--policy module:function` names a module beside the user, which an installed script does not look for
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    commands = {"list": list_cards, "doctor": doctor, "eval": evaluate}
+    try:
+        status = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="vlahub",
+            description="Robot environments and Vision-Language-Action policies. --debug shows the traceback of an error.",
+            args=argv,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except KeyboardInterrupt:
+        print("vlahub: interrupted", file=sys.stderr)
+        return 130  # what a shell gives for Ctrl-C
+    except EXPECTED as error:
+        if debug:
+            raise
+        print(f"vlahub: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+    return int(status or 0)
+
+
+# ------------------------------------------------------------------------------------------------ list
+
+
+def list_cards(id: tyro.conf.Positional[str] = "", json: bool = False) -> int:
+    """Show the environments and policies, or everything about one.
+
+    Args:
+        id: an environment, policy or family; its whole card is shown.
+        json: for machines.
+    """
+    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES}
+    if id:
+        found = [(kind, cards[id]) for kind, cards in kinds.items() if id in cards]
+        if not found:
+            raise catalog.UnknownId(f"nothing is called {id!r}; {catalog.suggest(id, [name for cards in kinds.values() for name in cards])}")
+        _show_card(found[0][1], json)
+    elif json:
+        print(json_module.dumps({kind: [_record(card) for card in cards.values()] for kind, cards in kinds.items()}, indent=2))
+    else:
+        _show_all()
+    return 0
+
+
+def _record(card: Any) -> dict[str, Any]:
+    """A card as plain data, without its functions, and with whether what it needs is installed."""
+    record = {field.name: getattr(card, field.name) for field in dataclasses.fields(card)}
+    record = {name: dict(value) if isinstance(value, Mapping) else value for name, value in record.items() if not callable(value)}
+    return {**record, "installed": not _missing(card)}
+
+
+def _missing(card: Any) -> list[str]:
+    if isinstance(card, catalog.PolicyCard):
+        card = catalog.FAMILIES.get(card.family)
+    return [package for package in getattr(card, "needs", ()) if importlib.util.find_spec(package) is None]
+
+
+def _fix(card: Any) -> str:
+    if not _missing(card):
+        return ""
+    extra = card.extra if hasattr(card, "extra") else catalog.family_card(card.family).extra
+    return f"pip install 'vlahub[{extra}]'" if extra else f"pip install {' '.join(_missing(card))}"
+
+
+def _show_card(card: Any, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    record = _record(card)
+    if as_json:
+        print(json_module.dumps(record, indent=2))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in record.items():
+        if name == "installed":
+            value = "yes" if value else f"no: {_fix(card)}"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key}={entry!r}" for key, entry in value.items())
+        elif isinstance(value, tuple):
+            value = ", ".join(map(str, value))
+        if value:
+            table.add_row(f"[bold]{name}[/]", _plain(value))
+    Console().print(table)
+
+
+def _show_all() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    environments = Table("environment", "family", "what it is", title="Environments", title_justify="left")
+    for card in catalog.ENVS.values():
+        environments.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)))
+    policies = Table("policy", "family", "what it is", "trained for", title="Policies", title_justify="left")
+    for card in catalog.POLICIES.values():
+        policies.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)), _plain("\n".join(card.envs)))
+    for table, cards in ((environments, catalog.ENVS), (policies, catalog.POLICIES)):
+        console.print(table if cards else f"{table.title}: none registered")
+    console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.")
+
+
+def _with_fix(card: Any) -> str:
+    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "")
+
+
+def _plain(text: Any) -> Any:
+    """Text that rich must not read as markup: 'vlahub[train]' is no style."""
+    from rich.text import Text
+
+    return Text(str(text))
+
+
+# ------------------------------------------------------------------------------------------------ doctor
+
+
+def doctor() -> int:
+    """Check everything that environments and policies need on this machine, each with its fix."""
+    from vlahub import doctor as checks
+
+    return checks.main()
+
+
+# ------------------------------------------------------------------------------------------------ eval
+
+
+def evaluate(
+    env: str,
+    policy: str,
+    episodes: int = 50,
+    num_envs: int = 1,
+    seed: int = 0,
+    out: Path | None = None,
+    execute: int | None = None,
+    max_steps: int | None = None,
+    videos: int = 2,
+    video_episodes: tuple[int, ...] = (),
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    env_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
+    policy_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
+) -> int:
+    """Run a policy on an exact set of episodes and write results.json, report.html and videos.
+
+    The same command continues an evaluation that was interrupted.
+
+    Args:
+        env: environment id; `vlahub list` shows them.
+        policy: a bundled id, a folder, a hub repository, `expert`, `random`, or `module:function` (batched observation -> actions [B, T, D]).
+        episodes: how many; every task gets the same number of trials.
+        num_envs: environments that run at once, each in its own process; the results do not depend on it.
+        seed: decides the episodes, with their number.
+        out: folder for everything written; runs/ENV-POLICY-SEED by default.
+        execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
+        max_steps: control steps per episode; the environment's own limit by default.
+        videos: so many solved and so many unsolved episodes are recorded; 0 for none.
+        video_episodes: record these episodes instead.
+        device: where the policy runs; a GPU if there is one by default.
+        dtype: of the policy's weights; the family's own by default.
+        env_options: options of the environment, as key=value.
+        policy_options: options of from_pretrained, as key=value.
+    """
+    from vlahub import evaluation
+
+    catalog.env_card(env)  # a wrong id is cheap to find before the weights are loaded
+    given = options("env-options", env_options)
+    player = _load_policy(policy, device, dtype, options("policy-options", policy_options))
+    out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
+    results = evaluation.evaluate(
+        env,
+        player,
+        episodes=episodes,
+        num_envs=num_envs,
+        seed=seed,
+        out=out,
+        execute=execute,
+        max_steps=max_steps,
+        videos=video_episodes or videos,
+        env_options=given,
+        policy_name=policy,
+        policy_options=options("policy-options", policy_options),
+        command="vlahub " + shlex.join(sys.argv[1:]),
+        progress=True,
+    )
+    _show_results(results, out)
+    return 0 if results.finished else 130
+
+
+def options(flag: str, words: Sequence[str]) -> dict[str, Any]:
+    """["size=64", "assets=official"] -> {"size": 64, "assets": "official"}. Values are read as Python literals, and as text where they are none."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--{flag} takes key=value, not {word!r}")
+        if key in found:
+            raise ValueError(f"--{flag} has {key!r} twice")
+        # the shell's habit of small letters must not turn False into the text "false", which counts as true
+        text = {"true": "True", "false": "False", "none": "None"}.get(text, text)
+        try:
+            found[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found
+
+
+def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapping[str, Any]) -> Any:
+    """The policy behind a name on the command line."""
+    from vlahub import evaluation
+
+    code = ":" in name and not Path(name).exists()
+    if name in (evaluation.EXPERT, evaluation.RANDOM) or code:
+        if policy_options or dtype:
+            raise ValueError(f"--policy-options and --dtype are for checkpoints; {name!r} takes none")
+        return _load_function(name) if code else name
+
+    import torch
+
+    import vlahub
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return vlahub.Policy.from_pretrained(name, device=device, dtype=getattr(torch, dtype) if dtype else None, **policy_options)
+
+
+def _load_function(name: str) -> Any:
+    module = name.partition(":")[0]
+    try:
+        return catalog.load(name)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0] and error.name != module:
+            raise  # the module is there and lacks something itself
+        raise ModuleNotFoundError(f"--policy {name}: there is no module {module!r} in {os.getcwd()} or among the installed packages") from error
+    except AttributeError as error:
+        raise ValueError(f"--policy {name}: {error}") from error
+
+
+def _show_results(results: Any, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlahub.evaluation import instruction_of
+    from vlahub.report import percent
+
+    console = Console()
+    table = Table("task", "instruction", "solved", "rate", "95 % interval", "steps", "aborted")
+    for number, part in results.tasks.items():
+        low, high = part.interval
+        steps = "" if part.mean_length is None else f"{part.mean_length:.1f}"
+        rate = percent(part.success_rate)
+        words = (number, instruction_of(part.episodes), f"{part.successes}/{part.counted}", rate, f"{100 * low:.1f} to {100 * high:.1f}", steps, part.aborted)
+        table.add_row(*map(_plain, words))
+    console.print(table)
+    for warning in results.warnings:
+        console.print(_plain(f"warning: {warning}"), style="yellow")
+    console.print(_plain(str(results)), style="bold")
+    console.print(_plain(f"report: {out / 'report.html'}"))
+    if not results.finished:
+        console.print(_plain("interrupted: the same command continues where this one stopped"))

@@ -1,0 +1,110 @@
+"""Prompts of the pi0 family through a sentencepiece model (PaliGemma's: 257152 pieces, pad 0, eos 1, bos 2)."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlahub.hub import CheckpointError
+
+FILE = "tokenizer.model"
+PALIGEMMA = "google/paligemma-3b-pt-224"  # its tokenizer.model is the one that pi0 and pi0.5 were trained with
+
+
+class Tokenizer:
+    """A sentencepiece model, kept with its bytes so that it travels with a checkpoint."""
+
+    def __init__(self, model: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        self.model = model
+        self._pieces = SentencePieceProcessor(model_proto=model)
+
+    def __len__(self) -> int:
+        return self._pieces.vocab_size()
+
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self.model,)
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        return self._pieces.encode(text, add_bos=bos)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._pieces.decode(list(ids))
+
+    def prompt(self, text: str) -> list[int]:
+        """pi0's format. The newline is a piece of its own, encoded apart: it marks the end of the instruction."""
+        return self.encode(clean(text), bos=True) + self.encode("\n")
+
+    def prompt_with_state(self, text: str, state: np.ndarray) -> list[int]:
+        """pi0.5's format: the normalised state [D] as 256 bins in the text."""
+        return self.encode(f"Task: {clean(text)}, State: {' '.join(map(str, discretize(state)))};\nAction: ", bos=True)
+
+
+def clean(text: str) -> str:
+    return text.strip().replace("_", " ").replace("\n", " ")
+
+
+def discretize(state: np.ndarray, bins: int = 256) -> list[int]:
+    """[-1, 1] -> 0 .. 255; -1 below the range and 255 above it, as published policies were trained."""
+    return (np.digitize(state, np.linspace(-1, 1, bins + 1)[:-1]) - 1).tolist()
+
+
+def pad(rows: Iterable[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, length] int64, right-padded with 0 or cut, and their mask."""
+    rows = list(rows)
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        kept = row[:length]
+        ids[i, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
+        mask[i, : len(kept)] = True
+    return ids, mask
+
+
+def find(folder: Path, given: str | Path | None = None, *, fits: int) -> Tokenizer:
+    """The tokenizer that was given, stands in a checkpoint's folder, or was downloaded before; openpi's and lerobot's checkpoints come without one.
+
+    `fits` is the number of pieces that the model embeds.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if given is not None:
+        places = [Path(given)]
+    else:
+        cached = try_to_load_from_cache(PALIGEMMA, FILE)
+        places = [folder / FILE, folder / "paligemma_tokenizer.model", Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model").expanduser()]
+        places += [Path(cached)] if isinstance(cached, str) else []
+    for place in places:
+        if place.is_file():
+            try:
+                tokenizer = Tokenizer(place.read_bytes())
+            except RuntimeError as error:
+                raise CheckpointError(f"{place} is not a sentencepiece model: {error}") from error
+            if len(tokenizer) > fits:
+                raise CheckpointError(f"{place} has {len(tokenizer)} pieces, the model embeds only {fits}; pass tokenizer=PATH of the one it was trained with")
+            return tokenizer
+    raise CheckpointError(
+        f"no tokenizer at {', '.join(map(str, places))}. This checkpoint comes without one: run `hf download {PALIGEMMA} {FILE}` once (the repository asks to accept "
+        "Gemma's licence), or pass tokenizer=PATH of a PaliGemma tokenizer.model"
+    )
+
+
+def train(sentences: Iterable[str], size: int = 384) -> bytes:
+    """A small sentencepiece model with PaliGemma's conventions, made from sentences. Bytes stand in for what it never saw, so any text encodes."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=size, byte_fallback=True, split_digits=True,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=["\n"], normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def bundled() -> Tokenizer:
+    """The small tokenizer that tiny policies ship with."""
+    return Tokenizer((Path(__file__).parent / "tiny_tokenizer.model").read_bytes())

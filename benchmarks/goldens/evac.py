@@ -239,7 +239,7 @@ def world_config(meta: dict) -> WorldModelConfig:
         memory=config["n_previous"],
         fps=config.get("fps", 2),
         domain=config.get("domain_id", 11),
-        unet=unet_config(params["unet"]) if params else UNetConfig(model_channels=32, num_head_channels=8, channel_mult=(1,)),
+        unet=unet_config(params["unet"]) if params else UNetConfig(model_channels=32, num_head_channels=8, channel_mult=(1,), context_dim=image["output_dim"]),
         autoencoder=autoencoder_config(first["ddconfig"]),
         clip=ClipConfig(
             width=vision["width"],

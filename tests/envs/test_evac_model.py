@@ -82,6 +82,23 @@ def test_conditions_of_a_chunk():
     torch.testing.assert_close(away.tokens[:, -16:], made.tokens[:, -16:])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 40}, "multiples of 16, not 40 and 32"),
+        ({"memory": 1}, "memory >= 2"),
+        ({"variant": "franka"}, "one of libero, agibot"),
+        (
+            {"image_resampler": dataclasses.replace(CONFIG.image_resampler, output_dim=8)},
+            "image_resampler.output_dim and unet.context_dim must be equal, not 8 and 24",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
 def test_memory_is_spread_over_the_history():
     assert memory_rows(4, 4) == [0, 1, 2, 3] and memory_rows(12, 4) == [0, 4, 8, 11] and memory_rows(20, 4) == [0, 6, 13, 19]
 

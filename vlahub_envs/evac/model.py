@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -58,16 +58,28 @@ class WorldModelConfig:
     gripper_open: float = -1.0  # the pose's gripper number when fully open ...
     gripper_closed: float = 1.0  # ... and when closed; the published data's are not documented, these are LIBERO's action signs
 
-    @property
-    def frames(self) -> int:
-        return self.memory + self.chunk
+    def __post_init__(self) -> None:
+        stride = self.autoencoder.stride * 2 ** (len(self.unet.channel_mult) - 1)  # the UNet halves the latent once per level
+        if self.chunk < 1 or self.memory < 2:
+            raise ValueError(f"a world model needs chunk >= 1 and memory >= 2, not {self.chunk} and {self.memory}")
+        if self.height % stride or self.width % stride:
+            raise ValueError(f"height and width must be multiples of {stride}, not {self.height} and {self.width}")
+        if self.variant not in get_args(conditioning.Variant):
+            raise ValueError(f"variant must be one of {', '.join(get_args(conditioning.Variant))}, not {self.variant!r}")
+        pairs = {
+            "clip.width and image_resampler.embedding_dim": (self.clip.width, self.image_resampler.embedding_dim),
+            "image_resampler.output_dim and unet.context_dim": (self.image_resampler.output_dim, self.unet.context_dim),
+            "action_resampler.output_dim and unet.context_dim": (self.action_resampler.output_dim, self.unet.context_dim),
+            "action_resampler.num_queries and unet.action_tokens": (self.action_resampler.num_queries, self.unet.action_tokens),
+            f"action_resampler.embedding_dim and the {ACTION_ROW} numbers of an action row": (self.action_resampler.embedding_dim, ACTION_ROW),
+        }
+        for what, (a, b) in pairs.items():
+            if a != b:
+                raise ValueError(f"{what} must be equal, not {a} and {b}")
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        stride = self.autoencoder.stride
-        if self.height % stride or self.width % stride:
-            raise ValueError(f"height and width must be multiples of {stride}, not {self.height} and {self.width}")
-        return self.height // stride, self.width // stride
+        return self.height // self.autoencoder.stride, self.width // self.autoencoder.stride
 
 
 AGIBOT = WorldModelConfig(

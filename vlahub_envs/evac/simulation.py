@@ -63,6 +63,11 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     return ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
 
 
+def upright(frame: np.ndarray) -> np.ndarray:
+    """LIBERO's pictures are turned by 180 degrees; people want them upright."""
+    return frame[::-1, ::-1].copy()
+
+
 class Imagination:
     """The model and how it is sampled; shared by all worlds of a batch.
 
@@ -282,7 +287,7 @@ class Evac:
         return {"main_images": self.frame, "states": state_of(pose, self.imagination.config), "task_descriptions": self.start.text}
 
     def render(self) -> np.ndarray:
-        return self.frame[::-1, ::-1]  # LIBERO's pictures are turned by 180 degrees; people want them upright
+        return upright(self.frame)
 
     def close(self) -> None:
         self.latents = self.image_tokens = None

@@ -45,20 +45,38 @@ def picture(text: str) -> np.ndarray:
     return np.array([[mark == "#" for mark in row] for row in text.split()])
 
 
+def line(height: int, width: int, start, end, thickness: int) -> np.ndarray:
+    canvas = np.zeros((height, width), bool)
+    drawing.draw_line(canvas, start, end, thickness, True)
+    return canvas
+
+
+def disc(size: int, x: int, y: int, radius: int) -> np.ndarray:
+    canvas = np.zeros((size, size), bool)
+    drawing.draw_disc(canvas, x, y, radius, True)
+    return canvas
+
+
 def test_lines_and_discs_have_opencv4s_pixels():
-    np.testing.assert_array_equal(drawing.thick_line(10, 18, (3, 6), (14, 3), 4), picture(THICK))
-    np.testing.assert_array_equal(drawing.thick_line(8, 12, (6, 3), (60, -9), 3), picture(CUT_OFF))
-    np.testing.assert_array_equal(drawing.disc(9, 9, 4, 4, 4), picture(DISC))
+    np.testing.assert_array_equal(line(10, 18, (3, 6), (14, 3), 4), picture(THICK))
+    np.testing.assert_array_equal(line(8, 12, (6, 3), (60, -9), 3), picture(CUT_OFF))
+    np.testing.assert_array_equal(disc(9, 4, 4, 4), picture(DISC))
+    assert [int(disc(120, 60, 60, radius).sum()) for radius in (7, 50)] == [149, 7845]
+
+
+def test_shapes_are_cut_at_the_border():
+    np.testing.assert_array_equal(disc(120, 3, 118, 50), np.roll(disc(240, 63, 118, 50), -60, axis=1)[:120, :120])
+    assert not disc(20, -60, 10, 50).any() and not disc(20, 10, 90, 50).any() and not line(20, 20, (-30, -30), (-20, -25), 8).any()
 
 
 def test_a_line_of_no_length_is_its_end():
-    np.testing.assert_array_equal(drawing.thick_line(20, 20, (9, 9), (9, 9), 8), drawing.disc(20, 20, 9, 9, 4))
+    np.testing.assert_array_equal(line(20, 20, (9, 9), (9, 9), 8), disc(20, 9, 9, 4))
 
 
 @pytest.mark.parametrize("end", [(10_000_000, -10_000_000), (-10_000_000, 3), (8, 10_000_000)])
 def test_lines_that_leave_the_picture_far_away_cost_no_more(end):
-    mask = drawing.thick_line(16, 16, (8, 8), end, 3)
-    assert mask[8, 8] and 16 <= mask.sum() <= 80
+    drawn = line(16, 16, (8, 8), end, 3)
+    assert drawn[8, 8] and 16 <= drawn.sum() <= 80
 
 
 def quaternion(axis: list[float], angle: float) -> np.ndarray:

@@ -183,27 +183,27 @@ def colour_of(table: np.ndarray, value: float) -> np.ndarray:
 
 
 def trajectory_map(pose: np.ndarray, intrinsic: np.ndarray, to_world: np.ndarray, size: tuple[int, int], variant: Variant) -> np.ndarray:
-    """One pose row [16] -> a picture [height, width, 3] uint8 of `size` (height, width): a disc at each end-effector (its colour is the gripper) and the three axes of its tool.
+    """One pose row [16] -> a picture [height, width, 3] uint8 of `size` (height, width): at each end-effector a disc, whose colour is the gripper, and the three
+    axes of its tool.
 
-    "agibot" draws both arms at the tool's tip. "libero" draws the left pose in both arms' colours, at the pose itself; of the right arm it reads the gripper only.
-    Arms whose point lies outside the picture are left out.
+    "agibot" draws both arms at the tool's tip. "libero" draws at the pose itself, and its two arms stand at the left pose: the right one covers the left, and
+    only it is drawn. Arms whose point lies outside the picture are left out.
     """
     both = arms(pose)
-    grippers = both[:, 7] / GRIPPER_RANGE if variant == "agibot" else np.clip(both[:, 7], -1, 1) / 2 + 0.5
-    if variant == "libero":
-        both = both[[0, 0]]
     turn = rotation_matrix(both[:, 3:7])  # [2, 3, 3]: columns are the tool's axes
-    base = both[:, :3] + (TOOL_LENGTH * turn[:, :, 2] if variant == "agibot" else 0)
+    if variant == "agibot":
+        base, grippers, drawn = both[:, :3] + TOOL_LENGTH * turn[:, :, 2], both[:, 7] / GRIPPER_RANGE, (0, 1)
+    else:
+        base, grippers, drawn = both[[0, 0], :3], np.clip(both[:, 7], -1, 1) / 2 + 0.5, (1,)
+        turn = turn[[0, 0]]
     points = np.concatenate([base[:, None], base[:, None] + AXIS * turn.transpose(0, 2, 1)], axis=1)  # [2, 4, 3]
-    height, width = size
     pixels = project(points, intrinsic, np.asarray(to_world, np.float64), size, variant).tolist()
-    visible = [0 <= pixels[arm][0][0] < width and 0 <= pixels[arm][0][1] < height for arm in (0, 1)]
+    height, width = size
+    drawn = [arm for arm in drawn if 0 <= pixels[arm][0][0] < width and 0 <= pixels[arm][0][1] < height]
     canvas = np.full((height, width, 3), BACKGROUND, np.uint8)
-    for arm, table in enumerate((GREENS, REDS)):
-        if visible[arm]:
-            canvas[drawing.disc(height, width, *pixels[arm][0], RADIUS)] = colour_of(table, grippers[arm])
-    for arm in (0, 1):
-        if visible[arm]:
-            for end, colour in zip(pixels[arm][1:], AXIS_COLOURS[arm], strict=True):
-                canvas[drawing.thick_line(height, width, tuple(pixels[arm][0]), tuple(end), THICKNESS)] = colour
+    for arm in drawn:
+        drawing.draw_disc(canvas, *pixels[arm][0], RADIUS, colour_of((GREENS, REDS)[arm], grippers[arm]))
+    for arm in drawn:
+        for end, colour in zip(pixels[arm][1:], AXIS_COLOURS[arm], strict=True):
+            drawing.draw_line(canvas, tuple(pixels[arm][0]), tuple(end), THICKNESS, colour)
     return canvas

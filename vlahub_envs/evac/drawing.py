@@ -7,6 +7,7 @@ A thick line is a rectangle whose corners are in 1/65536 pixel, its outline, and
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -14,6 +15,7 @@ BITS = 16  # fractional bits of a coordinate
 ONE, HALF = 1 << BITS, 1 << (BITS - 1)
 
 
+@cache
 def disc_rows(radius: int) -> np.ndarray:
     """Half widths of the rows -radius..radius of a disc drawn by the midpoint rule."""
     half = np.zeros(radius + 1, np.int64)  # of row |y|
@@ -26,34 +28,63 @@ def disc_rows(radius: int) -> np.ndarray:
     return np.concatenate([half[:0:-1], half])
 
 
-def disc(height: int, width: int, x: int, y: int, radius: int) -> np.ndarray:
-    """[height, width] bool"""
-    mask = np.zeros((height, width), bool)
-    rows = np.arange(y - radius, y + radius + 1)
-    inside = (rows >= 0) & (rows < height)
-    columns = np.abs(np.arange(width) - x)
-    mask[rows[inside]] = columns <= disc_rows(radius)[inside, None]
-    return mask
+class Stencil:
+    """The pixels of one shape, as a mask over the part of the picture that it can touch."""
+
+    def __init__(self, canvas: np.ndarray, xs: tuple[int, int], ys: tuple[int, int]):
+        """xs, ys: first and last column and row that the shape can touch; what lies outside the canvas is cut off."""
+        self.canvas = canvas
+        self.height, self.width = canvas.shape[:2]
+        self.left, self.top = max(xs[0], 0), max(ys[0], 0)
+        self.right, self.bottom = max(min(xs[1], self.width - 1), self.left - 1), max(min(ys[1], self.height - 1), self.top - 1)  # one less: nothing to draw
+        self.mask = np.zeros((self.bottom - self.top + 1, self.right - self.left + 1), bool)
+
+    def spans(self, first: int, left: np.ndarray, right: np.ndarray) -> None:
+        """Add columns left..right (inclusive) of the rows from `first` on."""
+        skip, end = max(self.top - first, 0), max(self.bottom + 1 - first, 0)
+        left, right = left[skip:end], right[skip:end]
+        columns = np.arange(self.left, self.right + 1)
+        begin = first + skip - self.top
+        self.mask[begin : begin + len(left)] |= (columns >= left[:, None]) & (columns <= right[:, None])
+
+    def points(self, xs: np.ndarray, ys: np.ndarray) -> None:
+        inside = (xs >= self.left) & (xs <= self.right) & (ys >= self.top) & (ys <= self.bottom)
+        self.mask[ys[inside] - self.top, xs[inside] - self.left] = True
+
+    def disc(self, x: int, y: int, radius: int) -> None:
+        half = disc_rows(radius)
+        self.spans(y - radius, x - half, x + half)
+
+    def paint(self, colour: object) -> None:
+        region = self.canvas[self.top : self.bottom + 1, self.left : self.right + 1]
+        np.copyto(region, np.asarray(colour, region.dtype), where=self.mask.reshape(*self.mask.shape, *[1] * (region.ndim - 2)))
 
 
-def thick_line(height: int, width: int, start: tuple[int, int], end: tuple[int, int], thickness: int) -> np.ndarray:
-    """[height, width] bool: pixels of the line from (x, y) `start` to `end`, thickness > 1."""
-    mask = np.zeros((height, width), bool)
+def draw_disc(canvas: np.ndarray, x: int, y: int, radius: int, colour: object) -> None:
+    """Paint a filled disc on canvas [height, width, ...]."""
+    stencil = Stencil(canvas, (x - radius, x + radius), (y - radius, y + radius))
+    stencil.disc(x, y, radius)
+    stencil.paint(colour)
+
+
+def draw_line(canvas: np.ndarray, start: tuple[int, int], end: tuple[int, int], thickness: int, colour: object) -> None:
+    """Paint the line from (x, y) `start` to `end` on canvas [height, width, ...]; thickness > 1."""
     (x0, y0), (x1, y1) = start, end
+    reach = thickness // 2 + 2  # a box that surely holds all of the line
+    stencil = Stencil(canvas, (min(x0, x1) - reach, max(x0, x1) + reach), (min(y0, y1) - reach, max(y0, y1) + reach))
     dx, dy = float(x0 - x1), float(y1 - y0)
     length = math.sqrt(dx * dx + dy * dy)
     if length:
-        reach = (thickness * HALF + (thickness & 1) * ONE * 0.5) / length
-        across = (round(dy * reach), round(dx * reach))  # round half to even, as C's default
+        factor = (thickness * HALF + (thickness & 1) * ONE * 0.5) / length
+        across = (round(dy * factor), round(dx * factor))  # half a thickness, at right angles; round half to even, as C's default
         sides = ((x0, y0, 1), (x0, y0, -1), (x1, y1, -1), (x1, y1, 1))
         corners = [(x * ONE + sign * across[0], y * ONE + sign * across[1]) for x, y, sign in sides]
         for before, corner in zip(corners[-1:] + corners, corners, strict=False):
-            _outline(mask, before, corner)
-        _fill_convex(mask, corners)
-    radius = (thickness * HALF + HALF) >> BITS
+            _outline(stencil, before, corner)
+        _fill_convex(stencil, corners)
     for x, y in (start, end):
-        mask |= disc(height, width, x, y, radius)
-    return mask
+        stencil.disc(x, y, (thickness * HALF + HALF) >> BITS)
+    stencil.paint(colour)
 
 
 def _divide(a: int, b: int) -> int:
@@ -90,10 +121,9 @@ def _clip(p: tuple[int, int], q: tuple[int, int], right: int, bottom: int) -> tu
     return x1, y1, x2, y2
 
 
-def _outline(mask: np.ndarray, p: tuple[int, int], q: tuple[int, int]) -> None:
+def _outline(stencil: Stencil, p: tuple[int, int], q: tuple[int, int]) -> None:
     """A one-pixel line between two points in 1/65536 pixel: one pixel per column, or per row if the line is steep."""
-    height, width = mask.shape
-    clipped = _clip(p, q, width * ONE - 1, height * ONE - 1)
+    clipped = _clip(p, q, stencil.width * ONE - 1, stencil.height * ONE - 1)
     if clipped is None:
         return
     x1, y1, x2, y2 = clipped
@@ -104,27 +134,21 @@ def _outline(mask: np.ndarray, p: tuple[int, int], q: tuple[int, int]) -> None:
         x1, y1, x2, y2 = x2, y2, x1, y1
     slope = _divide((y2 - y1) * ONE, (x2 - x1) | 1)
     steps = np.arange(((x2 - x1) >> BITS) + 1)
-    xs = np.append(((x1 + HALF) >> BITS) + steps, (x2 + HALF) >> BITS)
-    ys = np.append((y1 + HALF + slope * steps) >> BITS, (y2 + HALF) >> BITS)
-    if not flat:
-        xs, ys = ys, xs
-    inside = (xs >= 0) & (xs < width) & (ys >= 0) & (ys < height)
-    mask[ys[inside], xs[inside]] = True
+    xs, ys = ((x1 + HALF) >> BITS) + steps, (y1 + HALF + slope * steps) >> BITS
+    last = np.array([(x2 + HALF) >> BITS]), np.array([(y2 + HALF) >> BITS])
+    for along, beside in ((xs, ys), last):
+        stencil.points(*((along, beside) if flat else (beside, along)))
 
 
-def _fill_convex(mask: np.ndarray, corners: list[tuple[int, int]]) -> None:
+def _fill_convex(stencil: Stencil, corners: list[tuple[int, int]]) -> None:
     """Fill a convex polygon with corners in 1/65536 pixel, row by row between its two chains of edges. Its lowest row is left to the outline."""
-    height, width = mask.shape
     rows = [(y + HALF) >> BITS for _, y in corners]
     top = min(range(len(corners)), key=lambda i: corners[i][1])  # the first of the highest corners
-    first, last = rows[top], min(max(rows) - 1, height - 1)
-    first_seen = max(first, 0)
-    if last < first_seen:
+    first, last = max(rows[top], stencil.top), min(max(rows) - 1, stencil.bottom)
+    if last < first:
         return
-    borders = np.stack([_chain(corners, rows, top, step, first_seen, last) for step in (1, -1)])
-    left, right = (borders.min(axis=0) + HALF) >> BITS, (borders.max(axis=0) + HALF) >> BITS
-    columns = np.arange(width)
-    mask[first_seen : last + 1] |= (columns >= left[:, None]) & (columns <= right[:, None])
+    one, other = (_chain(corners, rows, top, step, first, last) for step in (1, -1))
+    stencil.spans(first, (np.minimum(one, other) + HALF) >> BITS, (np.maximum(one, other) + HALF) >> BITS)
 
 
 def _chain(corners: list[tuple[int, int]], rows: list[int], top: int, step: int, first: int, last: int) -> np.ndarray:

@@ -386,6 +386,7 @@ class OpenVLAOFT(Policy):
 
         Without `statistics`, actions are scaled by the interface's bounds, states by theirs (where they have none: by pi, which holds joints and metres).
         """
+        interface = dataclasses.replace(interface, optional_cameras=())  # the number of images is part of the network's sequence
         if "statistics" not in overrides:
             overrides["statistics"] = _bounds_of_fields({"action": interface.action, "proprio": interface.state})
         config = OpenVLAOFTConfig(**{**TINY, "interface": interface, "proprio": bool(interface.state), **overrides})

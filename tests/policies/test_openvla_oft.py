@@ -92,12 +92,13 @@ def test_jpeg_is_libjpeg_to_the_bit():
 
 
 def test_resizes_keep_constant_pictures_and_sizes():
-    grey = torch.full((2, 48, 64, 3), 77, dtype=torch.uint8)
+    greys = torch.arange(256, dtype=torch.uint8)[:, None, None, None]  # every level: a conversion that cuts instead of rounding shows in some
     for resize in (lanczos, bicubic, centre_crop):
-        assert torch.equal(resize(grey, 28), torch.full((2, 28, 28, 3), 77, dtype=torch.uint8))
+        assert torch.equal(resize(greys.expand(-1, 12, 16, 3), 7), greys.expand(-1, 7, 7, 3))
     ramp = torch.arange(100, dtype=torch.uint8)[None, :, None, None].expand(1, 100, 100, 3)
-    cropped = centre_crop(ramp, 100)[0, :, 0, 0].tolist()
-    assert cropped[0] == 2 and cropped[-1] == 96  # 2.54 and 96.46, cut: 5.1 % of the side goes, half on each end
+    side = 0.9**0.5  # the box takes 5.1 % off the side, half on each end; 255.5 is TensorFlow's scale from float to uint8
+    positions = 99 * ((1 - side) / 2 + side * np.arange(100) / 99)
+    assert centre_crop(ramp, 100)[0, :, 0, 0].tolist() == np.floor(positions * 255.5 / 255).tolist()
     assert torch.equal(lanczos(ramp, 100), ramp)
 
 

@@ -256,8 +256,9 @@ def test_sft_learns(options):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def test_padded_steps_do_not_count():
-    policy = tiny(head="l1")
+@pytest.mark.parametrize("head", ["l1", "tokens"])
+def test_padded_steps_do_not_count(head):
+    policy = tiny(head=head)
     batch = {**observation(policy.interface), "actions": np.zeros((3, 3, 7), np.float32)}
     pad = np.zeros((3, 3), bool)
     pad[:, 2] = True

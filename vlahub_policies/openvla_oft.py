@@ -111,12 +111,9 @@ def _bounds_of_fields(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, Any]
     return statistics
 
 
-_ROBOTWIN = tuple(
-    entry for side in ("left", "right") for entry in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
-)
 LIBERO_TWO_CAMERAS = dataclasses.replace(robots.LIBERO, optional_cameras=())
 LIBERO = dataclasses.replace(LIBERO_TWO_CAMERAS, wrists=(), state=())
-ROBOTWIN_STATE = Interface(main=Camera("head"), state=_ROBOTWIN, action=_ROBOTWIN)
+ROBOTWIN_STATE = dataclasses.replace(robots.ROBOTWIN, wrists=())
 ROBOTWIN = dataclasses.replace(ROBOTWIN_STATE, state=())
 BRIDGE = Interface(
     main=Camera("3rd_view_camera"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -81,6 +82,9 @@ class OpenVLAOFTConfig:
     llama: LlamaConfig = field(default_factory=LlamaConfig)
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(OpenVLAOFTConfig).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute is {self.execute}; it must be between 1 and the horizon, {self.horizon}")
         if self.temperature <= 0:

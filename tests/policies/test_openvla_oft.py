@@ -140,6 +140,17 @@ def test_constant_dimensions_become_zero_in_training():
     assert policy.from_env(torch.tensor([[[0.3, 0.5]] * 3]))[0, 0].tolist() == pytest.approx([0, 0.5], abs=1e-6)
 
 
+def test_statistics_of_a_dataset_scale_all_but_binary_grippers():
+    policy = tiny(binary_gripper=True)
+    numbers = {"min": [-0.5] * 7, "max": [0.5] * 7, "q01": [-0.4] * 7, "q99": [0.4] * 7}
+    wide = {name: [4 * x for x in values] + [4.0] for name, values in numbers.items()}
+    policy.set_statistics({"actions": numbers, "states": wide}, "mine")
+    assert policy.config.unnorm_key == "mine"
+    env = torch.tensor([[[0.4, -0.4, 0.2, 0, 0, 0, -1.0]] * 3])
+    assert policy.from_env(env)[0, 0].tolist() == pytest.approx([1, -1, 0.5, 0, 0, 0, 1], abs=1e-6)
+    torch.testing.assert_close(policy.to_env(policy.from_env(env)), env, atol=1e-6, rtol=0)
+
+
 def test_prompt_and_padding():
     assert oft.prompt("Click the BELL") == "In: What action should the robot take to click the bell?\nOut: "
     tokenizer = oft.tiny_tokenizer(640)
@@ -313,6 +324,8 @@ def test_bfloat16_keeps_its_log_probs():
 def test_config_mistakes_are_named():
     with pytest.raises(ValueError, match="execute is 9"):
         tiny(execute=9)
+    with pytest.raises(ValueError, match=r"images is 'openvla'; it must be one of 'moojink', 'rlinf', 'robotwin'"):
+        tiny(images="openvla")
     with pytest.raises(ValueError, match="temperature"):
         tiny(temperature=0.0)
     with pytest.raises(ValueError, match="lack min and max"):
@@ -430,8 +443,9 @@ def test_recipes_are_asked_for_and_checked(tmp_path):
         vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", temprature=1.0, **sizes)
     with pytest.raises(CheckpointError, match="of another shape"):
         vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", **{**sizes, "vocab_size": 640, "image_size": 72})
-    loaded = vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", value_head=True, **sizes)
+    loaded = vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", value_head=True, lora_rank=2, **sizes)
     assert loaded.config.end_token is False and loaded.value_head is not None
+    assert loaded.language_model.lm_head.lora_down.dtype == torch.float32 and loaded.language_model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_adapter_folders_are_merged_on_their_base(tmp_path):

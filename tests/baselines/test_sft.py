@@ -60,7 +60,7 @@ def test_bad_arguments_are_refused(demos, tmp_path):
     cpu = Ranks(0, 1, 0, torch.device("cpu"))
     with pytest.raises(ValueError, match="--dataset FOLDER"):
         check_args(Args(), cpu)
-    with pytest.raises(ValueError, match="nearest that do: 5, 10, 30"):
+    with pytest.raises(ValueError, match="nearest that do: 5, 6, 10"):
         check_args(Args(dataset=("x",), batch_size=30, micro_batch_size=7), cpu)
     missing = launch("sft", dataset=tmp_path / "nothing", policy="tiny:test-mlp-gaussian", out=tmp_path)
     assert missing.returncode != 0 and "no meta/info.json" in missing.stderr

@@ -1,0 +1,22 @@
+"""RoboTwin 2.0 tasks on SAPIEN. This module holds the cards only; the simulation is imported when an environment is made."""
+
+from vlahub.catalog import EnvCard, register_env
+
+# name -> what it is. The class of the same name is in `tasks/`.
+TASKS = {
+    "ClickBell": "Press the top of a desk bell with a closed gripper.",
+}
+
+for _name, _summary in TASKS.items():
+    register_env(
+        EnvCard(
+            id=f"vlahub/RoboTwin-{_name}",
+            family="robotwin",
+            simulation="vlahub_envs.robotwin.simulation:RoboTwin",
+            summary=_summary,
+            kwargs={"task": _name},
+            expert="vlahub_envs.robotwin.expert:ScriptedExpert",
+            needs=("sapien", "scipy", "toppra"),
+            extra="robotwin",
+        )
+    )

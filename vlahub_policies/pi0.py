@@ -405,11 +405,12 @@ class Pi0Policy(Policy):
         """`_run` as plain tensor work without a look at any value, so that it can be captured."""
         plan = flow.Schedule(*(inputs[name] for name in ("time", "keep", "move", "spread")))
         prefix = self._encode(inputs)
-        timing = self.timing(plan.time)
-        steps = iter(range(len(plan.time)))  # walk asks for the steps in order
+        denoise = self._denoise(prefix, inputs["state"])
+        if self._compute_dtype != torch.float32:  # in float32 every row has its own timing, as in `evaluate`, so that log-probabilities repeat to 1e-5
+            timing, steps = self.timing(plan.time), iter(range(len(plan.time)))  # walk asks for the steps in order
 
-        def denoise(x: torch.Tensor, t: torch.Tensor) -> flow.Denoised:
-            return self.denoised(self.expert_features(prefix, inputs["state"], x, timing.at(next(steps))))
+            def denoise(x: torch.Tensor, t: torch.Tensor) -> flow.Denoised:
+                return self.denoised(self.expert_features(prefix, inputs["state"], x, timing.at(next(steps))))
 
         taken = flow.walk(denoise, inputs["x"], plan, inputs.get("noise"))
         done = {name: tensor for name, tensor in vars(taken).items() if tensor is not None}
@@ -598,8 +599,16 @@ class Pi0Policy(Policy):
         return policy
 
     def initialise(self) -> None:
-        """Fresh weights, for training from nothing: torch's defaults, except that embeddings start at the scale that Gemma multiplies up."""
-        nn.init.normal_(self.paligemma.lm_head.weight, std=self.config.vlm.width**-0.5)
+        """Fresh weights, for training from nothing: signals keep their scale from layer to layer, and the adaptive norms start closed."""
+        for name, layer in self.paligemma_with_expert.named_modules():
+            if isinstance(layer, nn.Linear) and not name.endswith(".dense"):
+                closing = name.endswith(("o_proj", "out_proj", "down_proj", "fc2"))  # 2 depth of them add up in the residual stream
+                nn.init.normal_(layer.weight, std=(layer.in_features * (2 * self.config.vlm.depth if closing else 1)) ** -0.5)
+        for name in ("action_time_mlp_in", "action_time_mlp_out", "time_mlp_in", "time_mlp_out"):
+            if hasattr(self, name):
+                layer = getattr(self, name)
+                nn.init.normal_(layer.weight, std=1.7 * layer.in_features**-0.5)  # silu shrinks what passes through it
+        nn.init.normal_(self.paligemma.lm_head.weight, std=self.config.vlm.width**-0.5)  # Gemma multiplies it by sqrt(width)
         nn.init.normal_(self.paligemma.model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.02)
 
     def side_files(self) -> dict[str, bytes]:

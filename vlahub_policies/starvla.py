@@ -277,15 +277,18 @@ class QwenOFTPolicy(Policy):
         return self._encoded[instruction]
 
     def prepare(self, observation: Observation) -> Trace:
-        pictures = [views(observation, key) for key, wanted in self._cameras() if wanted]
-        images = torch.cat([self._resize(images[:, :wanted]) for images, (_, wanted) in zip(pictures, [c for c in self._cameras() if c[1]], strict=True)], 1)
+        images = []
+        extras, wrists = self.interface.extras, self.interface.wrists
+        for key, cameras in (("main_images", (self.interface.main,)), ("extra_view_images", extras), ("wrist_images", wrists)):  # the order of training
+            given = views(observation, key)[:, : len(cameras)] if cameras and key in observation else None
+            if cameras and (given is None or given.shape[1] < len(cameras)):
+                names = ", ".join(camera.name for camera in cameras)
+                raise ValueError(f"observation[{key!r}] has {0 if given is None else given.shape[1]} views, the policy needs {len(cameras)} ({names})")
+            if given is not None:
+                images.append(self._resize(given))
         rows = [self._inputs(text) for text in observation["task_descriptions"]]
         tokens, positions = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
-        return {"images": images, "tokens": tokens, "positions": positions}
-
-    def _cameras(self) -> tuple[tuple[str, int], ...]:
-        """Observation keys in the order of the prompt's images, with how many views of each are used."""
-        return (("main_images", 1), ("extra_view_images", len(self.interface.extras)), ("wrist_images", len(self.interface.wrists)))
+        return {"images": torch.cat(images, 1), "tokens": tokens, "positions": positions}
 
     def _resize(self, images: Any) -> torch.Tensor:
         """uint8 [B, V, H, W, 3], numpy or torch -> [B, V, h, w, 3] on the policy's device."""

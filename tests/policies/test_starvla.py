@@ -64,6 +64,13 @@ def test_an_action_does_not_depend_on_its_batch(policy):
         assert np.allclose(together[i], policy.act(select(observation, i)), atol=1e-5)
 
 
+def test_a_missing_camera_is_named(policy):
+    observation = looks(LIBERO)
+    del observation["wrist_images"]
+    with pytest.raises(ValueError, match=r"observation\['wrist_images'\] has 0 views, the policy needs 1 \(eye_in_hand\)"):
+        policy.act(observation)
+
+
 def test_evaluate_repeats_the_sample(policy):
     sample = policy.sample(looks(LIBERO), SEEDS)
     evaluation = policy.evaluate(sample.trace)

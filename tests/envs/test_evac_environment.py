@@ -230,7 +230,7 @@ def test_published_quirks_stay_behind_their_switch():
     np.testing.assert_array_equal(result.observation["states"], before)  # the pose that is shown never moves
     assert result.reward.tolist() == [[5, 0, 0, 0]] * 2 and result.terminated[:, -1].all() and not result.terminated[:, :-1].any()
     assert env.step_chunk(actions(2)).length.tolist() == [CHUNK] * 2  # finished worlds are imagined on
-    tokens = [env.imagination._tokens(world) for world in env.worlds]
+    tokens = [env.imagination.tokens(world) for world in env.worlds]
     torch.testing.assert_close(*tokens)  # of the first world, whatever the second one saw
 
 

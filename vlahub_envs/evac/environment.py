@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from vlahub import catalog
 from vlahub.catalog import EnvCard
 from vlahub.env import ChunkResult, own
 from vlahub.observation import Observation, stack
@@ -58,6 +60,12 @@ class EvacVectorEnv(BaseVectorEnv):
         self._set_up(num_envs, slots, render_mode, autoreset_mode)
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             raise ValueError("imagined worlds are reset by hand: autoreset_mode must be DISABLED; pass options={'reset_mask': result.done} to reset")
+        known = inspect.signature(Imagination).parameters
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}; {catalog.suggest(name, [*known, *inspect.signature(EvacVectorEnv).parameters])}"
+                )
         given = {**(card.kwargs if card else {}), **{name: value for name, value in (("model", model), ("starts", starts)) if value is not None}, **options}
         if imagination is None and given.get("model") is None:
             raise ValueError("an imagined environment needs a world model: model='user/name', a folder, or a WorldModel")

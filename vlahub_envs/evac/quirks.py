@@ -22,7 +22,7 @@ class PublishedImagination(Imagination):
     first: Evac | None = None  # every world is shown this one's first frame
 
     def world(self) -> Evac:
-        made = PublishedWorld(imagination=self)
+        made = PublishedWorld(self)
         self.first = self.first or made
         return made
 

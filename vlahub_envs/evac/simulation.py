@@ -6,7 +6,9 @@ A chunk of actions becomes poses, poses become action rows and maps, the model i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -202,22 +204,22 @@ class Imagination:
         return torch.stack(first), torch.stack(later, dim=1) if later else None
 
     def world(self) -> Evac:
-        return Evac(imagination=self)
+        return Evac(self)
 
     def episode(self, world: Evac, max_steps: int | None) -> Episode:
         return Episode(world, max_steps)
 
 
 class Evac:
-    """One imagined world (see vlahub.simulation.Simulation). Takes the arguments of `Imagination`, or one that it shares with others.
+    """One imagined world (see vlahub.simulation.Simulation), imagined together with others or alone (`alone`).
 
     A step is judged by the classifier: reward 1 and the end of the episode at the first frame whose success probability passes the threshold, else 0.
     """
 
     max_steps = 256  # of the published environment: 32 chunks of 8
 
-    def __init__(self, model: WorldModel | str | Path | None = None, starts: Any = None, *, imagination: Imagination | None = None, **options: Any):
-        self.imagination = imagination or Imagination(model, starts, **options)
+    def __init__(self, imagination: Imagination):
+        self.imagination = imagination
         self.interface = interface_of(self.imagination.config)
         collection = self.imagination.starts
         self.tasks, self.trials = (collection.tasks, collection.trials) if collection else (0, 0)
@@ -283,3 +285,11 @@ class Evac:
 
     def close(self) -> None:
         self.latents = self.image_tokens = None
+
+
+@wraps(Imagination, assigned=("__doc__",), updated=())
+def alone(*args: Any, **options: Any) -> Evac:
+    return Imagination(*args, **options).world()
+
+
+alone.__signature__ = inspect.signature(Imagination)  # so that the catalog knows the options

@@ -31,7 +31,7 @@ from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.acceleration import Acceleration, Mode
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
-from vlahub_policies.parts.normalize import Statistics, normalize, unnormalize
+from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
 from vlahub_policies.parts.packing import joined, lay_out
 from vlahub_policies.parts.qwen_text import PAD
 from vlahub_policies.parts.qwen_vl import (
@@ -583,9 +583,9 @@ class LingBotPolicy(Policy):
 
     # -------------------------------------------------------------------------------------------- making and saving
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Normalise by the statistics of another dataset, before fine-tuning on it."""
-        self.config = replace(self.config, joints=replace(self.config.joints, statistics=statistics))
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        state, actions = (Moments(**{name: tuple(statistics[of][name]) for name in ("mean", "std", "q01", "q99")}) for of in ("states", "actions"))
+        self.config = replace(self.config, joints=replace(self.config.joints, statistics=Statistics(state, actions)))
 
     def side_files(self) -> dict[str, bytes]:
         return {qwen_text.TOKENIZER: qwen_text.to_bytes(self.tokenizer)}

@@ -12,7 +12,7 @@ from vlahub.catalog import EnvCard
 
 
 class FragileWorld(PointWorld):
-    """Args: the world misbehaves in the `step`-th step of the `bad` trial of task 1; only the first time if `once` names a file to remember it by."""
+    """Args: the world misbehaves in the `step`-th step of the `bad` trial of task 1 (-1: of all its trials); only the first time if `once` names a file to remember it by."""
 
     trials = 4
 
@@ -22,7 +22,7 @@ class FragileWorld(PointWorld):
 
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         info = super().reset(seed, options)
-        if (info["task"], info["trial"]) == (1, self.bad) and not (self.once and Path(self.once).exists()):
+        if info["task"] == 1 and self.bad in (-1, info["trial"]) and not (self.once and Path(self.once).exists()):
             self.trouble_at = self.step
             if self.once:
                 Path(self.once).touch()

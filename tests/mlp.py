@@ -62,6 +62,9 @@ class MlpPolicy(Policy):
     def from_published(cls, folder: Path, **_: Any) -> Self:
         raise NotImplementedError("this family has no published layout")
 
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Its worlds have states and actions within -1 and 1 as they are."""
+
     def prepare(self, observation: Observation) -> Trace:
         return {"states": to_torch({"states": observation["states"], "task_descriptions": []}, self.device)["states"].float()}
 

@@ -123,6 +123,7 @@ def test_eval_runs_a_function_from_a_module_here(tmp_path, monkeypatch, capsys):
         ([*EVAL, "expert", "--seed", "-1"], "seed must be"),
         ([*EVAL, "random", "--execute", "0"], "execute must be at least 1"),
         ([*EVAL, "expert", "--env-options", "sise=3"], "no option 'sise'; did you mean 'size'"),
+        ([*EVAL, "expert", "--env-options", "num_envs=3"], "num_envs is not one; see the other arguments"),
         ([*EVAL, "expert", "--env-options", "size"], "--env-options takes key=value"),
         ([*EVAL, "expert", "--policy-options", "a=1"], "--policy-options and --dtype are for checkpoints"),
         ([*EVAL, "expert", "--out", "/proc/nowhere"], "cannot write to the output folder /proc/nowhere"),

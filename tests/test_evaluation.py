@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import vlahub
+import vlahub.vector
 from tests.fragile import Seeker, stand_still
 from tests.mlp import CategoricalMlp, FlowMlp
 from tests.worlds import PointWorld
@@ -84,7 +85,7 @@ def test_more_episodes_than_there_are_is_an_error():
         episodes_of(13, 0, 3, 4)
     for count in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="episodes must be"):
-            episodes_of(count, 0, 3, None)
+            vlahub.evaluate("test/Point", "expert", count)
 
 
 # ------------------------------------------------------------------------------------------------ policies
@@ -248,6 +249,28 @@ def test_a_policy_that_does_not_fit_is_refused_before_anything_runs():
     assert not policy.asked
 
 
+def test_a_policy_in_training_is_evaluated_without_dropout_and_goes_on_training():
+    policy = FlowMlp.tiny(PointWorld().interface)
+    modes = []
+    policy.actor.register_forward_hook(lambda module, *_: modes.append(module.training))
+    policy.train()
+    policy.value_head.eval()  # frozen parts stay as they are
+    run(policy=policy, episodes=2)
+    assert set(modes) == {False} and policy.training and policy.actor[0].training and not policy.value_head[0].training
+
+
+def test_a_policy_may_reuse_its_array(tmp_path):
+    actions = np.zeros((1, 4, 2), np.float32)
+
+    def wander(observation):
+        actions[:] += 0.1
+        return actions
+
+    run(policy=wander, episodes=1, max_steps=12, out=tmp_path)
+    (kept,) = (tmp_path / "actions").iterdir()
+    assert np.load(kept)["actions"][::4, 0].tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
 def test_clipped_actions_are_told():
     results = run(policy=lambda observation: np.full((len(observation["states"]), 4, 2), 3.0))
     assert all(o.clipped > 0 for o in results.episodes) and "out of bounds were clipped in 7 episodes" in results.warnings[0]
@@ -269,9 +292,21 @@ def test_an_episode_that_is_always_lost_is_counted_as_aborted_only(tmp_path, tro
     results = run("test/Fragile", episodes=12, num_envs=2, env_options={"trouble": trouble}, out=tmp_path)
     assert (results.aborted, results.counted, results.successes, results.success_rate) == (1, 11, 11, 1.0)
     lost = results.episodes[6]
-    assert lost.aborted and lost.attempts == 2 and not lost.success and ("fell apart" in lost.aborted or trouble == "crash")
+    assert lost.aborted and lost.attempts == 2 and not lost.success and {"crash": "SIGKILL", "raise": "fell apart"}[trouble] in lost.aborted
     assert "1 of 12 episodes were aborted 2 times by a failing simulation" in results.warnings[0] and results.tasks[1].aborted == 1
     assert results.warnings[0] in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_an_environment_that_always_fails_stops_the_evaluation_and_each_attempt_gets_further(tmp_path, capsys):
+    options = {"episodes": 9, "env_options": {"trouble": "raise", "bad": -1}, "out": tmp_path, "progress": True}  # task 1 fails in all of its three trials
+    with pytest.raises(vlahub.vector.WorkerError, match=r"failed 3 times in a row.*fell apart"):
+        run("test/Fragile", **options)
+    assert "stopped after 4 of 9 episodes; the same command continues" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "results.json").read_text())["finished"]
+    with pytest.raises(vlahub.vector.WorkerError):
+        run("test/Fragile", **options)
+    results = run("test/Fragile", **options)
+    assert (results.counted, results.successes, results.aborted, results.tasks[1].success_rate) == (6, 6, 3, None) and results.finished
 
 
 def test_finite_trials_are_not_run_twice():

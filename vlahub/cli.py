@@ -167,6 +167,7 @@ def evaluate(
     out: Path | None = None,
     execute: int | None = None,
     max_steps: int | None = None,
+    timeout: float = 300.0,
     videos: int = 2,
     video_episodes: tuple[int, ...] = (),
     device: str = "auto",
@@ -187,6 +188,7 @@ def evaluate(
         out: folder for everything written; runs/ENV-POLICY-SEED by default.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
+        timeout: seconds that a simulation may take to start, reset or run a chunk; after that it counts as hung and its episode as aborted.
         videos: so many solved and so many unsolved episodes are recorded; 0 for none.
         video_episodes: record these episodes instead.
         device: where the policy runs; a GPU if there is one by default.
@@ -209,6 +211,7 @@ def evaluate(
         out=out,
         execute=execute,
         max_steps=max_steps,
+        timeout=timeout,
         videos=video_episodes or videos,
         env_options=given,
         policy_name=policy,

@@ -30,9 +30,11 @@ from typing import Any
 
 import numpy as np
 
+import vlahub
 from vlahub import catalog, report, video
 from vlahub.interface import Fit, check
 from vlahub.observation import select
+from vlahub.vector import WorkerError
 
 EXPERT, RANDOM = "expert", "random"
 # Runs more that an aborted episode gets before it is left out of the rate. A simulation that crashed by bad luck runs the second time; one that always
@@ -65,8 +67,6 @@ def episodes_of(count: int, seed: int, tasks: int, trials: int | None) -> list[E
     Every task gets the same number of trials (the first `count % tasks` tasks one more), beginning with trial 0. The seed of a (task, trial) depends on
     nothing but `seed`: a longer evaluation contains the shorter one. They are ordered task by task because loading a task's scene takes most of a reset.
     """
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise ValueError(f"episodes must be a whole number of at least 1, not {count!r}")
     if trials is not None and count > tasks * trials:
         raise ValueError(
             f"{count} episodes asked for, but this environment has {tasks} tasks x {trials} trials = {tasks * trials} different ones, and each runs once; "
@@ -225,8 +225,6 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    import vlahub
-
     return {**found, "vlahub": vlahub.__version__}
 
 
@@ -394,6 +392,7 @@ def evaluate(
     out: str | Path | None = None,
     execute: int | None = None,
     max_steps: int | None = None,
+    timeout: float = 300.0,
     videos: int | Sequence[int] = 2,
     env_options: Mapping[str, Any] | None = None,
     policy_name: str = "",
@@ -415,6 +414,7 @@ def evaluate(
         out: folder for results.json, report.html, videos and what is needed to continue. Without it nothing is written.
         execute: actions of each chunk that run before the policy is asked again; by default `policy.execute`, and all of what a function returns.
         max_steps: control steps per episode; the environment's limit by default.
+        timeout: seconds that a simulation may take to start, reset or run a chunk; after that it counts as hung and its episode as aborted.
         videos: record so many solved and so many unsolved episodes, or the episodes of these numbers.
         env_options: options of the simulation.
         policy_name: what results call the policy, for example its id.
@@ -422,12 +422,16 @@ def evaluate(
         command: what to type to repeat it; likewise.
         progress: show progress, as a bar on a terminal and as lines elsewhere.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}")
+    for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     folder = Folder(out) if out is not None else None
     venv = None
+    training = [module for module in policy.modules() if module.training] if hasattr(policy, "modules") else []
     try:
-        venv = _vector_env(env, num_envs, max_steps, env_options or {}, policy)
+        for module in training:  # dropout belongs to training
+            module.training = False
+        venv = _vector_env(env, min(num_envs, episodes), max_steps, timeout, env_options or {}, policy)
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
         todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials)
@@ -445,6 +449,7 @@ def evaluate(
             "execute": player.execute,
             "adapters": str(fit),
             "seed": int(seed),
+            "vlahub": vlahub.__version__,
         }
         outcomes: list[Outcome] = []
         if folder is not None:
@@ -465,13 +470,15 @@ def evaluate(
                 _warn(results, f"the videos are not in the report, because it could not be written again: {error}", progress)
         return results
     finally:
+        for module in training:
+            module.training = True
         if venv is not None and venv is not env:
             venv.close()
         if folder is not None:
             folder.close()
 
 
-def _vector_env(env: Any, num_envs: int, max_steps: int | None, env_options: Mapping[str, Any], policy: Any) -> Any:
+def _vector_env(env: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any], policy: Any) -> Any:
     """The vector env: the one given, or one made of an id or a card."""
     if hasattr(env, "step_chunk") and hasattr(env, "num_envs"):
         if env_options or max_steps is not None:
@@ -484,11 +491,14 @@ def _vector_env(env: Any, num_envs: int, max_steps: int | None, env_options: Map
         raise TypeError(f"env must be an id, an EnvCard or a vlahub vector env, not {type(env).__name__}")
     if policy == EXPERT and not card.expert:
         raise ValueError(f"{card.id} has no scripted expert")
-    made = {"num_envs": num_envs, "max_steps": max_steps, "render_mode": "rgb_array", **env_options}
+    made: dict[str, Any] = {"num_envs": num_envs, "max_steps": max_steps, "render_mode": "rgb_array"}
     if card.vector == catalog.EnvCard.vector:
         # One half simulates while the policy is busy with the other. One process per env: a simulation that crashes takes no other episode with it.
-        made.update(slots=min(2, num_envs), workers=num_envs)
-    return catalog.load(card.vector)(card, **made)
+        made.update(slots=min(2, num_envs), workers=num_envs, timeout=timeout)
+    if taken := sorted(env_options.keys() & {*made, "card", "autoreset_mode"}):
+        raise ValueError(f"env_options are options of the simulation, and {', '.join(taken)} is not one; see the other arguments of evaluate")
+    # a natively batched class offers the same methods, with one slot if it has no use for two
+    return catalog.load(card.vector)(card, **made, **env_options)
 
 
 def _slots(venv: Any) -> list[range]:
@@ -570,7 +580,7 @@ def _run(venv: Any, player: Player, fit: Fit, todo: Sequence[Episode], results: 
             chunks = [by_row.get(row) for row in rows]
         for row, chunk in zip(rows, chunks, strict=True):
             if row in running and chunk is not None:
-                running[row].chunks.append(chunk)
+                running[row].chunks.append(np.array(chunk))  # a copy: a policy may write its next actions into the same array
         venv.send(chunks, slot=slot)
         return True
 
@@ -607,7 +617,8 @@ def _run(venv: Any, player: Player, fit: Fit, todo: Sequence[Episode], results: 
         )
         if folder is not None:
             try:
-                folder.keep_actions(outcome, one.chunks)
+                if not aborted:
+                    folder.keep_actions(outcome, one.chunks)
             except OSError as error:
                 results.warnings.append(f"the actions of episode {outcome.index} could not be kept ({error.strerror}), so it cannot be recorded")
                 shown.say(results.warnings[-1])
@@ -630,11 +641,9 @@ def _run(venv: Any, player: Player, fit: Fit, todo: Sequence[Episode], results: 
                 fill(slot)
                 if ask(slot):
                     under_way.append(slot)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WorkerError):
             results.finished = False
-            shown.say(
-                f"interrupted after {len(results.episodes)} of {len(todo)} episodes; " + ("the same command continues" if folder else "nothing was written")
-            )
+            shown.say(f"stopped after {len(results.episodes)} of {len(todo)} episodes; " + ("the same command continues" if folder else "nothing was written"))
             if folder is not None:
                 _conclude(results)
                 folder.write(results)
@@ -710,7 +719,7 @@ def _record(venv: Any, chosen: Sequence[Outcome], folder: Folder, results: Resul
                 data = video.encode(replay(venv, outcome, folder.actions(outcome)), venv.metadata["render_fps"])
                 video.save(path, data)
             poster = video.decode(data)[-1]
-        except (OSError, ReplayDiffers) as error:  # a full disk, most often; the figures do not depend on it
+        except (OSError, ReplayDiffers, WorkerError) as error:  # a full disk, most often; the figures do not depend on it
             _warn(results, f"episode {outcome.index} has no video: {error}", progress)
             continue
         words = f"task {outcome.task}, trial {outcome.trial}: {outcome.length} steps, return {outcome.total_reward:.2f}"

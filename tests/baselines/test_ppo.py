@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import torch
 
 from baselines import ppo
 from baselines.ppo import Args, advantages_of, critic_loss, gae, minibatches, surrogate
+from tests.baselines.scripts import HERE, curves, launch
 from vlahub.rollout import Rollout
 
 BOOL = torch.bool
@@ -129,25 +129,15 @@ def test_batches_that_do_not_divide_are_refused(wrong, words):
 
 # ------------------------------------------------------------------------------------------------ whole runs
 
-HERE = {**os.environ, "PYTHONPATH": "."}  # the script's own folder is all that Python adds
-
 SMALL = {"env_id": "test/Point", "policy": "tiny:test-mlp-gaussian", "num_envs": 4, "num_chunks": 8, "num_minibatches": 2, "eval_every": 0, "workers": 2}
 
 
 def script(tmp_path, *ranks: str, **options) -> subprocess.CompletedProcess:
-    """baselines/ppo.py in a process of its own, with the test world registered."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in ({**SMALL, "out": tmp_path} | options).items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks] if ranks else [sys.executable]
-    return subprocess.run([*launcher, "tests/baselines/launch.py", "ppo", *words], capture_output=True, text=True, timeout=300)
+    return launch("ppo", *ranks, **{**SMALL, "out": tmp_path} | options)
 
 
 def losses(folder) -> list[dict]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    names = ("train/actor/policy_loss", "train/critic/value_loss", "train/actor/approx_kl", "train/actor/grad_norm")
-    return [{name: events.Scalars(name)[i].value for name in names} for i in range(len(events.Scalars(names[0])))]
+    return curves(folder, "train/actor/policy_loss", "train/critic/value_loss", "train/actor/approx_kl", "train/actor/grad_norm")
 
 
 def test_two_ranks_see_what_one_sees(tmp_path):
@@ -164,18 +154,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = script(tmp_path, name="whole", total_iterations=4, save_every=2)
     half = script(tmp_path, name="half", total_iterations=2, save_every=2)
     assert whole.returncode == 0 and half.returncode == 0, whole.stderr[-2000:] + half.stderr[-2000:]
-    rest = subprocess.run(
-        [sys.executable, "tests/baselines/launch.py", "ppo", f"--resume={tmp_path / 'half'}", "--total-iterations=4"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    rest = launch("ppo", resume=tmp_path / "half", total_iterations=4)
     assert rest.returncode == 0 and "resuming after iteration 2" in rest.stdout, rest.stdout + rest.stderr[-2000:]
     a, b = (load_file(tmp_path / name / "checkpoints/step-000000004/policy/model.safetensors") for name in ("whole", "half"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     counters = [json.loads((tmp_path / name / "checkpoints/step-000000004/checkpoint.json").read_text())["counters"] for name in ("whole", "half")]
     assert counters[0] == counters[1]
-    other = subprocess.run([sys.executable, "tests/baselines/launch.py", "ppo", f"--resume={tmp_path / 'half'}", "--seed=5"], capture_output=True, text=True)
+    other = launch("ppo", resume=tmp_path / "half", seed=5)
     assert other.returncode != 0 and "seed was 0, now 5" in other.stderr
 
 

@@ -200,6 +200,14 @@ def test_slots_run_in_the_background():
     env.close()
 
 
+def test_pictures_for_people():
+    env = make(2, render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    first, second = env.render(mask=[True, False])
+    np.testing.assert_array_equal(first, observation["main_images"][0, ::-1, ::-1])
+    assert second is None and make(2).render() is None
+
+
 def test_chunks_of_different_lengths_and_recording():
     env = make(3)
     env.reset(seed=0)

@@ -77,7 +77,7 @@ class Imagination:
     Args:
         model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
         starts: a collection of start states, or the path of one; without it every reset needs a start by hand.
-        device, dtype: where and in what the model runs, if it is loaded here.
+        suite, device, dtype: which weights of the repository, and where and in what they run, if the model is loaded here.
         denoising_steps: network calls per chunk.
         eta: 1 adds fresh noise at every call, as the published environment does; 0 none.
         clean_end: see Schedule.ddim. By default on below 50 steps, where the published ending visibly fades the picture.
@@ -92,6 +92,7 @@ class Imagination:
         model: WorldModel | str | Path,
         starts: StartStates | str | Path | None = None,
         *,
+        suite: str = "",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         denoising_steps: int = 50,
@@ -100,7 +101,7 @@ class Imagination:
         threshold: float = 0.5,
         max_batch: int | None = None,
     ):
-        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, device=device, dtype=dtype)
+        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, suite=suite, device=device, dtype=dtype)
         self.config = config = self.model.config
         for part, what in ((self.model.reward_model, "success classifier"), (self.model.action_predictor, "action converter")):
             if part is None:

@@ -29,7 +29,7 @@ from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, arguments
+from vlahub.run import Run, arguments, divides
 
 
 @dataclass
@@ -201,12 +201,6 @@ def check_args(args: Args, ranks: Ranks) -> None:
     )
 
 
-def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
-    if part < 1 or whole % part:
-        nearest = sorted((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - part))[:3]
-        raise ValueError(f"{part_name} ({part}) does not divide {whole_name} ({whole}); nearest that do: {', '.join(map(str, sorted(nearest)))}")
-
-
 def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, envs: range, args: Args, iteration: int, run: Run) -> dict[str, float]:
     """The optimizer steps of one iteration. Returns metrics."""
     advantage, returns, mask = advantages_of(rollout, args)
@@ -298,8 +292,7 @@ def main(args: Args) -> None:
                 policy.train()
                 metrics = update(policy, optimizer, rollout, envs, args, iteration, run)
             counters["steps"] += int(distributed.total(rollout.valid.sum()))
-            run.seconds |= {f"rollout_{what}": seconds for what, seconds in rollout.seconds.items()}
-            run.log(counters["steps"], metrics, rollout.episodes, rollout.aborted)
+            run.log(counters["steps"], metrics, rollout)
             stop = run.stopping()
             if stop or (args.save_every and (iteration + 1) % args.save_every == 0) or iteration + 1 == args.total_iterations:
                 collector.restart()
@@ -310,6 +303,7 @@ def main(args: Args) -> None:
                 break
         else:
             run.evaluate(policy, env, args.total_iterations, counters["steps"])
+            run.export(policy)
     run.close()
 
 

@@ -7,14 +7,18 @@
    steps a simulation of its own and talks to nobody. Physics of 1 ms, either waiting ("sleep": time passes, cores are idle) or computing ("work": cores
    are the limit).
 2. Transfer: observations per second of `step` with physics of 0 ms, against gymnasium.vector.AsyncVectorEnv on the same simulation: through its pipes
-   (the only mode that brings instructions across), and through its shared memory with the instruction taken out of the observation.
+   (the only mode that brings instructions across), and through its shared memory with the instruction taken out of the observation, with and without
+   the copy that keeps an old observation from changing.
    "kept" means that the observation is only received, "read" that a policy copies it out once.
+
+   "CPU" is the time that all processes together spend per observation; unlike the rates it hardly depends on what else the machine does.
 
 Every ratio is of neighbouring measurements of one run, and the median of several; on a shared machine single numbers vary by a factor of two.
 """
 
 import functools
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -80,6 +84,7 @@ class NoOp:
         pass
 
 
+OURS, DEFAULT = "vlahub, a process per env", "vlahub, a process per core"  # the second is the default number of workers
 CARD = EnvCard(id="bench/NoOp", family="bench", simulation="benchmarks.vector_overhead:NoOp", summary="Does nothing.")
 
 
@@ -105,6 +110,12 @@ def rate(do: Callable[[], Any], seconds: float) -> float:
         do()
         calls += 1
     return calls / elapsed
+
+
+def cpu_ms(processes: list[int]) -> float:
+    """CPU time that these processes have used so far (Linux)."""
+    tasks = [task for pid in processes for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
 
 
 def _alone(connection, cost: float, physics: str) -> None:
@@ -172,12 +183,11 @@ def transfer(args: Args, table: Table) -> None:
         return Env(NoOp(cost=0))
 
     envs = {
-        "vlahub": VectorEnv(CARD, args.workers, workers=args.workers, cost=0.0),
+        OURS: VectorEnv(CARD, args.workers, workers=args.workers, cost=0.0),
+        DEFAULT: VectorEnv(CARD, args.workers, cost=0.0),
         "AsyncVectorEnv, pipes": gymnasium.vector.AsyncVectorEnv([single] * args.workers, shared_memory=False),
         "AsyncVectorEnv, shared memory": gymnasium.vector.AsyncVectorEnv([lambda: WithoutInstruction(single())] * args.workers, shared_memory=True),
-        "AsyncVectorEnv, shared memory, copy=False": gymnasium.vector.AsyncVectorEnv(
-            [lambda: WithoutInstruction(single())] * args.workers, shared_memory=True, copy=False
-        ),
+        "AsyncVectorEnv, no copy": gymnasium.vector.AsyncVectorEnv([lambda: WithoutInstruction(single())] * args.workers, shared_memory=True, copy=False),
     }
     actions = np.zeros((args.workers, ACTION_DIM), np.float32)
     policy = {}  # where a policy takes the pictures
@@ -193,23 +203,32 @@ def transfer(args: Args, table: Table) -> None:
         env.reset(seed=0)
     for read in (False, True):
         rates: dict[str, list[float]] = {name: [] for name in envs}
+        spent: dict[str, list[float]] = {name: [] for name in envs}
         for _ in range(args.rounds):
             for name, env in envs.items():
+                pids = [os.getpid(), *([one.process.pid for one in env._workers] if isinstance(env, VectorEnv) else [one.pid for one in env.processes])]
+                before, start = cpu_ms(pids), time.perf_counter()
                 rates[name].append(rate(functools.partial(step, env, read), args.seconds) * args.workers)
+                spent[name].append((cpu_ms(pids) - before) / (rates[name][-1] * (time.perf_counter() - start)))
         for name in envs:
-            ratios = [ours / theirs for ours, theirs in zip(rates["vlahub"], rates[name], strict=True)]
-            row = [name, "read" if read else "kept", f"{statistics.median(rates[name]):.0f}"]
-            table.add_row(*row, *([] if name == "vlahub" else [f"{statistics.median(ratios):.1f}x", f"{min(ratios):.1f} to {max(ratios):.1f}"]))
+            row = [name, "read" if read else "kept", f"{statistics.median(rates[name]):.0f}", f"{statistics.median(spent[name]):.3f} ms"]
+            for peer in (OURS, DEFAULT):
+                ratios = [ours / theirs for ours, theirs in zip(rates[peer], rates[name], strict=True)]
+                work = statistics.median(spent[name]) / statistics.median(spent[peer])
+                row.append("" if name in (OURS, DEFAULT) else f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f}), CPU {work:.1f}x")
+            table.add_row(*row)
     for env in envs.values():
         env.close()
 
 
 def main(args: Args) -> None:
-    console = Console()
-    table = Table("physics", "N", "alone: steps/s", "step_chunk: steps/s", "loss (median)", "range", title=f"overhead, {args.workers} workers")
+    console = Console(width=150)  # whole rows, in a pipe as well
+    cores = len(os.sched_getaffinity(0))
+    table = Table("physics", "N", "alone: steps/s", "step_chunk: steps/s", "loss: median", "range", title=f"overhead, {args.workers} workers, {cores} cores")
     overhead(args, table)
     console.print(table)
-    table = Table("vector env", "observation", "observations/s", "vlahub is faster by (median)", "range", title=f"transfer, {args.workers} workers")
+    columns = "vector env", "observation", "observations/s", "CPU each", f"{OURS}: faster by", f"{DEFAULT}: faster by"
+    table = Table(*columns, title=f"transfer, {args.workers} envs, {cores} cores")
     transfer(args, table)
     console.print(table)
 

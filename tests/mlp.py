@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,7 +47,7 @@ class MlpPolicy(Policy):
             self.log_std = nn.Parameter(torch.full((D,), config.log_std))
         if config.head == "flow":
             self.velocity = nn.Sequential(nn.Linear(W + T * D + 16, W), nn.SiLU(), nn.Linear(W, W), nn.SiLU(), nn.Linear(W, T * D))
-            self.explore = flow.Exploration("flow_sde", steps=4, noise_level=0.5)
+            self.explore = flow.Exploration("flow_sde", steps=2, noise_level=1.0)
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
@@ -60,6 +61,9 @@ class MlpPolicy(Policy):
     @classmethod
     def from_published(cls, folder: Path, **_: Any) -> Self:
         raise NotImplementedError("this family has no published layout")
+
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Its worlds have states and actions within -1 and 1 as they are."""
 
     def prepare(self, observation: Observation) -> Trace:
         return {"states": to_torch({"states": observation["states"], "task_descriptions": []}, self.device)["states"].float()}
@@ -101,7 +105,7 @@ class MlpPolicy(Policy):
             gumbel = -torch.log(-torch.log(uniform(seeds, (*shape, BINS), device=self.device).clamp(1e-9, 1 - 1e-7)))
             taken = (log_probs + gumbel).argmax(-1)
             return Sample(taken / (BINS - 1) * 2 - 1, log_probs.gather(-1, taken[..., None])[..., 0], value, {**inputs, "taken": taken})
-        actions, log_prob, _, trace = flow.explore(self._denoiser(inputs), shape, seeds, self.explore, self.device)
+        actions, log_prob, _, trace = flow.explore(partial(flow.walk, self._denoiser(inputs)), shape, seeds, self.explore, self.device)
         return Sample(actions, log_prob, value, {**inputs, **trace})
 
     def value(self, observation: Observation) -> torch.Tensor:

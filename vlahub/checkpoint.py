@@ -46,11 +46,13 @@ def save(
     scheduler: LRScheduler | None = None,
     counters: Mapping[str, Any] | None = None,
     keep: int = 3,
+    others: Mapping[str, Policy] | None = None,
 ) -> Path:
     """Write `folder/step-...` and delete all but the newest `keep` checkpoints.
 
     Args:
         counters: whatever else the run continues from (iteration, environment steps, the next environment seed), as JSON.
+        others: further policies that the run carries along (a moving average), whole on every rank; each in a folder of its name.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -58,7 +60,7 @@ def save(
     final = folder / f"step-{step:09d}"
 
     def refuse_to_overwrite() -> None:
-        if final.exists():
+        if (final / RECORD).exists():
             raise FileExistsError(f"{final} exists already; resume from it, or give this run a folder of its own")
 
     distributed.on_rank0(refuse_to_overwrite)
@@ -71,11 +73,13 @@ def save(
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".step-*"):  # of a process that was killed
-            shutil.rmtree(left_over)
+        for left_over in (*folder.glob(".step-*"), final):  # of a process that was killed while it saved or deleted
+            shutil.rmtree(left_over, ignore_errors=True)
         draft = folder / f".{final.name}.{os.getpid()}"
         draft.mkdir()
         policy.save_pretrained(draft / "policy", tensors=tensors)
+        for name, other in (others or {}).items():
+            other.save_pretrained(draft / name)
         torch.save({"optimizer": optimizer_state, "scheduler": scheduler.state_dict() if scheduler else None}, draft / "training.pt")
         torch.save(states, draft / "rng.pt")
         record = {"version": VERSION, "step": step, "family": policy.family, "world": distributed.world(), "counters": dict(counters or {})}
@@ -103,7 +107,9 @@ def latest(folder: str | Path) -> Path | None:
     return next(reversed(complete(folder)), None)
 
 
-def load(path: str | Path, policy: Policy, optimizer: Optimizer | None = None, scheduler: LRScheduler | None = None) -> dict[str, Any]:
+def load(
+    path: str | Path, policy: Policy, optimizer: Optimizer | None = None, scheduler: LRScheduler | None = None, others: Mapping[str, Policy] | None = None
+) -> dict[str, Any]:
     """Put a checkpoint into a policy (weights in place), its optimizer, its scheduler and this process's random states. Returns the counters, with `step`."""
     path = Path(path)
     if not (path / RECORD).exists():
@@ -121,6 +127,10 @@ def load(path: str | Path, policy: Policy, optimizer: Optimizer | None = None, s
         if given is not None and training[name] is None:
             raise CheckpointError(f"{path} was saved without {name} state, so a run with one cannot continue from it")
     _spread(policy, optimizer, hub.Weights(hub.safetensors_files(path / "policy")), training["optimizer"], path)
+    for name, other in (others or {}).items():
+        if not (path / name).is_dir():
+            raise CheckpointError(f"{path} was saved without {name}/, so a run with one cannot continue from it")
+        _spread(other, None, hub.Weights(hub.safetensors_files(path / name)), None, path / name)
     if scheduler is not None:
         scheduler.load_state_dict(training["scheduler"])
     _restore_random_state(hub.read_pt(path / "rng.pt"), record["step"])

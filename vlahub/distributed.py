@@ -299,3 +299,20 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: Any, dtype: torc
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
     return module
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, element by element. A collective."""
+    out = values.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(out)
+    return out
+
+
+def gather(items: Sequence[Any]) -> list[Any]:
+    """All ranks' items behind each other, on every rank. A collective."""
+    if not dist.is_initialized():
+        return list(items)
+    gathered: list[Any] = [None] * world()
+    dist.all_gather_object(gathered, list(items))
+    return [item for part in gathered for item in part]

@@ -10,7 +10,7 @@ import fnmatch
 import importlib.resources
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ def resolve(
     force_download: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    files: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached)."""
+    """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached). `files` limits what is downloaded."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     name = str(name)
@@ -64,7 +65,15 @@ def resolve(
 
     try:
         return Path(
-            snapshot_download(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=None if files is None else list(files),
+            )
         )
     except (GatedRepoError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"{name!r} cannot be read from the hub: {error}") from error
@@ -100,6 +109,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no mapping of names to values")
+    return record
 
 
 # ------------------------------------------------------------------------------------------------ files -> tensors

@@ -106,6 +106,11 @@ class Policy(nn.Module):
 
         `seeds` [B, 2] as in `sample`: the noise and time that a flow policy trains on."""
 
+    @abstractmethod
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Normalise by another dataset's statistics from here on: {"states": ..., "actions": ...}, each with mean, std, min, max, q01 and q99 in env units
+        (`vlahub.dataset.Dataset.statistics`)."""
+
     @torch.no_grad()
     def act(self, observation: Observation, deterministic: bool = True, seeds: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
         """Actions for inference: [T, D] for a single observation, [B, T, D] for a batch.

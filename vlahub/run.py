@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -25,7 +26,7 @@ from vlahub.distributed import Ranks, print0
 from vlahub.evaluation import evaluate
 from vlahub.interface import Interface
 from vlahub.policy import Policy
-from vlahub.rollout import EpisodeRecord
+from vlahub.rollout import Rollout
 from vlahub.tracking import Tracker
 from vlahub.vector import VectorEnv, make
 
@@ -67,13 +68,20 @@ def arguments(kind: type[Args], description: str | None, argv: Sequence[str] | N
     file = Path(parsed.resume) / "args.json"
     if not file.exists():
         raise SystemExit(f"--resume {parsed.resume}: this folder holds no run (there is no {file.name}); give the folder that a run printed at its start")
-    saved = kind(**json.loads(file.read_text()))
+    saved = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(file.read_text()).items()})
     parsed = tyro.cli(kind, description=description, args=argv, default=saved)
     differ = [f.name for f in dataclasses.fields(kind) if f.name not in MAY_CHANGE and getattr(parsed, f.name) != getattr(saved, f.name)]
     if differ:
         words = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(parsed, name)!r}" for name in differ)
         raise SystemExit(f"--resume {parsed.resume}: a resumed run keeps its arguments, but {words}. Start a new run instead")
     return parsed
+
+
+def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
+    """An error with the nearest numbers that do, if `part` does not divide `whole`."""
+    if part < 1 or whole % part:
+        nearest = sorted((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - part))[:3]
+        raise ValueError(f"{part_name} ({part}) does not divide {whole_name} ({whole}); nearest that do: {', '.join(map(str, sorted(nearest)))}")
 
 
 class Run:
@@ -110,11 +118,11 @@ class Run:
     # ------------------------------------------------------------------------------------------------ parts of a run
 
     def make_env(self, count: int) -> VectorEnv:
-        """This rank's environments, in two halves that alternate."""
+        """This rank's environments, in two halves that alternate where there are processes for both."""
         options = {"max_steps": self.args.max_steps} if self.args.max_steps else {}
-        if self.args.workers:
-            options["workers"] = self.args.workers
-        return make(self.args.env_id, num_envs=count, slots=min(2, count), **options)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
+        return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
 
     def load_policy(self, interface: Interface, **options: Any) -> Policy:
         """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
@@ -186,12 +194,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ evaluation, logs, checkpoints
 
-    def evaluate(self, policy: Policy, env: VectorEnv, iteration: int, steps: int) -> bool:
+    def evaluate(self, policy: Policy, env: VectorEnv | None, iteration: int, steps: int) -> bool:
         """Deterministic success rate on the same episodes each time, if it is due (returns whether). The report is in eval/ITERATION.
 
         Rank 0 runs them in its own environments, so their running episodes are given up."""
         every = self.args.eval_every
-        if not every or (iteration % every and iteration != self.args.total_iterations):
+        if not every or not self.args.env_id or (iteration % every and iteration != self.args.total_iterations):
             return False
         policy.eval()
 
@@ -199,46 +207,56 @@ class Run:
             out = self.folder / "eval" / f"{iteration:06d}"
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after it; the weights may differ in the last digit
             with self.autocast():
-                results = evaluate(env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy)
+                results = evaluate(
+                    env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy
+                )
             print(f"after {iteration} iterations: {results}", flush=True)
             return results.metrics()
 
         self.tracker.log(steps, distributed.on_rank0(run))
         return True
 
-    def log(self, steps: int, metrics: Mapping[str, float], episodes: Sequence[EpisodeRecord], aborted: int = 0) -> None:
-        """Log an iteration. `metrics` are the same on every rank; episodes are counted over all ranks. Adds the clocks and the control steps per second."""
-        mine = {
-            "env/success_rate": sum(record.success for record in episodes) / max(len(episodes), 1),
-            "env/episode_len": sum(record.length for record in episodes) / max(len(episodes), 1),
-            "env/return": sum(record.total_reward for record in episodes) / max(len(episodes), 1),
-            "env/step_reward": sum(record.total_reward for record in episodes) / max(sum(record.length for record in episodes), 1),
-        }
-        env = distributed.average(mine, len(episodes))
-        env["env/aborted"] = distributed.total(torch.tensor(float(aborted), device=self.ranks.device)).item()
-        times = distributed.average({f"time/{what}": seconds for what, seconds in self.seconds.items()})
+    def log(self, steps: int, metrics: Mapping[str, float], rollout: Rollout | None = None) -> None:
+        """Log an iteration, with the clocks. `metrics` are the same on every rank; a rollout's episodes are counted over all ranks."""
+        values = dict(metrics)
+        if rollout is not None:
+            done = rollout.episodes
+            steps_run = sum(record.length for record in done)
+            mine = {
+                "env/success_rate": sum(record.success for record in done) / max(len(done), 1),
+                "env/episode_len": steps_run / max(len(done), 1),
+                "env/return": sum(record.total_reward for record in done) / max(len(done), 1),
+                "env/step_reward": sum(record.total_reward for record in done) / max(steps_run, 1),
+            }
+            values = {**distributed.average(mine, len(done)), **values}
+            values["env/aborted"] = distributed.total(torch.tensor(float(rollout.aborted), device=self.ranks.device)).item()
+            values["charts/SPS"] = (steps - self.steps_at_start) / (time.perf_counter() - self.started)
+            self.seconds |= {f"rollout_{what}": seconds for what, seconds in rollout.seconds.items()}
+        values |= distributed.average({f"time/{what}": seconds for what, seconds in self.seconds.items()})
         self.seconds = {}
-        sps = (steps - self.steps_at_start) / (time.perf_counter() - self.started)
-        self.tracker.log(steps, {**env, **metrics, **times, "charts/SPS": sps})
+        self.tracker.log(steps, values)
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]) -> Path:
-        """A checkpoint that `--resume` continues from and whose policy/ folder from_pretrained reads."""
-        step = counters["iteration"]
-        return checkpoint.save(self.folder / "checkpoints", step, policy, optimizer, counters=counters, keep=self.args.keep)
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any], others: Mapping[str, Policy] | None = None) -> Path:
+        """A checkpoint that `--resume` continues from and whose policy/ folder from_pretrained reads. `others`: further policies that the run carries along."""
+        return checkpoint.save(self.folder / "checkpoints", counters["iteration"], policy, optimizer, counters=counters, keep=self.args.keep, others=others)
 
-    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer, fresh: Mapping[str, Any]) -> dict[str, Any]:
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer, fresh: Mapping[str, Any], others: Mapping[str, Policy] | None = None) -> dict[str, Any]:
         """The counters to start from: those of the newest checkpoint when resuming, else `fresh`."""
         distributed.seed_everything(self.args.seed, self.ranks.rank)
-        if not self.args.resume:
-            return dict(fresh)
-        newest = checkpoint.latest(self.folder / "checkpoints")
+        newest = checkpoint.latest(self.folder / "checkpoints") if self.args.resume else None
         if newest is None:
-            print0(f"{self.folder} has no checkpoint yet: starting from the beginning")
+            if self.args.resume:
+                print0(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return dict(fresh)
-        counters = checkpoint.load(newest, policy, optimizer)
+        counters = checkpoint.load(newest, policy, optimizer, others=others)
         self.steps_at_start = counters.get("steps", 0)
         print0(f"resuming after iteration {counters['iteration']} from {newest}")
-        return {**fresh, **counters}
+        return {**fresh, **{name: value for name, value in counters.items() if name != "step"}}
+
+    def export(self, policy: Policy) -> None:
+        """The finished policy, in the run's folder `policy`, for from_pretrained."""
+        distributed.on_rank0(lambda: str(policy.save_pretrained(self.folder / "policy")))
+        print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env ... --policy {self.folder / 'policy'}")
 
     def close(self) -> None:
         self.tracker.close()

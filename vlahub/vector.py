@@ -45,6 +45,7 @@ from vlahub.worker import Channel, Facts, Failure, Job, Layout, Reply, Setup
 
 SLABS_PER_SLOT = 4  # one being written, one or two that the user holds, one to spare; untouched slabs cost no memory
 ATTEMPTS = 3  # failures of one env in a row, without a chunk that worked between them, after which the vector env gives up
+BUILDING = 600.0  # seconds that building one simulation may take, if `timeout` is not longer: imports, shaders, assets made on first use
 GRACE = 5.0  # seconds that a worker has to close its simulations before it is killed
 
 # One thread per worker: the workers share the cores already.
@@ -67,6 +68,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.channel: Channel | None = None
         self.facts: Facts | None = None  # None until the process has built its simulations
+        self.broken: set[int] = set()  # envs whose simulation raised; the next reset builds it anew
         self.deadline = 0.0
         self.lost = ""  # why the last message could not be sent
 
@@ -81,7 +83,8 @@ class Worker:
                 process_group=0,  # Ctrl-C goes to the parent alone, which then ends the workers
             )
         self.channel, self.facts, self.lost = Channel(ours), None, ""
-        self.deadline = time.monotonic() + self.timeout * len(self.envs)
+        self.broken.clear()
+        self.deadline = time.monotonic() + max(self.timeout, BUILDING) * len(self.envs)
         main = worker.main_module() if b"__main__" in self.world else None
         self._send(Setup(os.getpid(), self.memory, self.num_envs, self.envs, main, self.world))
 
@@ -91,7 +94,9 @@ class Worker:
             self.start()
         # a process that is still building its simulations needs that time on top
         self.deadline = max(self.deadline, time.monotonic()) if self.facts is None else time.monotonic()
-        self.deadline += self.timeout * len(jobs)
+        rebuilt = {env for env in self.broken if env in jobs and jobs[env].kind == "reset"}
+        self.broken -= rebuilt
+        self.deadline += self.timeout * len(jobs) + BUILDING * len(rebuilt)
         self._send((slab, jobs))
 
     def _send(self, message: Any) -> None:
@@ -116,7 +121,9 @@ class Worker:
         ready = self.ready()
         if isinstance(ready, Failure):
             return {env: Reply(failure=ready) for env in jobs}
-        return self._receive()
+        replies = self._receive()
+        self.broken |= {env for env, reply in replies.items() if reply.failure is not None}
+        return replies
 
     def _receive(self) -> Any:
         while not self.lost:
@@ -130,7 +137,7 @@ class Worker:
                     self.lost = "it died"
                 elif remaining <= 0:
                     self.kill()
-                    self.lost = f"it gave no answer within timeout={self.timeout:g} seconds per env and was killed"
+                    self.lost = f"it gave no answer in time (timeout={self.timeout:g} seconds per env) and was killed"
             except (EOFError, OSError):
                 self.lost = "it died"
         if self.process is not None:
@@ -250,7 +257,7 @@ class BaseVectorEnv(gymnasium.vector.VectorEnv):
                 raise ValueError(f"{where}: {len(actions)} chunks of actions for {len(rows)} envs")
             empty = np.zeros((0, *self.single_action_space.shape), np.float32), np.int64(0)
             checked = [
-                empty if chunk is None or len(chunk) == 0 else checked_actions(chunk, self.single_action_space, (), f"{where}, env {env}")
+                empty if chunk is None or np.size(chunk) == 0 else checked_actions(chunk, self.single_action_space, (), f"{where}, env {env}")
                 for env, chunk in zip(rows, actions, strict=True)
             ]
             return [chunk for chunk, _ in checked], [count for _, count in checked]
@@ -296,7 +303,8 @@ class VectorEnv(BaseVectorEnv):
         workers: processes; at most one per env. By default as many as there are cores, for every slot. A worker with several envs steps them in turn, and
             if it is lost, so are all its episodes: give `workers=num_envs` to simulations that are likely to crash.
         slots: equal parts that `send` and `recv` treat apart; 2 lets a policy infer on one half while the other half simulates.
-        timeout: seconds that a worker may take to build, reset or run one env; after that it counts as hung and is replaced.
+        timeout: seconds that a worker may take to reset or run one env; after that it counts as hung and is replaced. Building takes longer and has ten
+            minutes.
         autoreset_mode: Gymnasium's; in `step_chunk` a finished env runs nothing until it is reset, and no mode runs past an episode's end.
         options: of the simulation.
     """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import tests.conftest  # noqa: E402, F401  registers them
-from vlahub.run import arguments  # noqa: E402
+import tests.conftest  # noqa: F401  registers them
+from vlahub.run import arguments
 
 if __name__ == "__main__":
     baseline = importlib.import_module(f"baselines.{sys.argv[1]}")

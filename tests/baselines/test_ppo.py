@@ -8,6 +8,7 @@ import torch
 
 from baselines import ppo
 from baselines.ppo import Args, advantages_of, critic_loss, gae, minibatches, surrogate
+from tests.baselines.scripts import HERE, curves, launch
 from vlahub.rollout import Rollout
 
 BOOL = torch.bool
@@ -67,7 +68,7 @@ def test_action_level_advantages_skip_what_did_not_run():
     rollout.terminated[1, 0, 0] = True
     rollout.valid[1, 0, 1] = False
     rollout.reward[1, 0, 1] = 0.0
-    advantage, returns, mask = advantages_of(rollout, Args(advantage_level="action", gamma=0.9, gae_lambda=0.8))
+    advantage, _, mask = advantages_of(rollout, Args(advantage_level="action", gamma=0.9, gae_lambda=0.8))
     assert advantage.shape == (4, 2, 2) and torch.equal(mask, rollout.valid)
     assert advantage[1, 0, 0].item() == pytest.approx(float(rollout.reward[1, 0, 0] - rollout.value[1, 0, 0]))
     other = a_rollout(values=2)
@@ -132,19 +133,11 @@ SMALL = {"env_id": "test/Point", "policy": "tiny:test-mlp-gaussian", "num_envs":
 
 
 def script(tmp_path, *ranks: str, **options) -> subprocess.CompletedProcess:
-    """baselines/ppo.py in a process of its own, with the test world registered."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in ({**SMALL, "out": tmp_path} | options).items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks] if ranks else [sys.executable]
-    return subprocess.run([*launcher, "tests/baselines/launch.py", "ppo", *words], capture_output=True, text=True, timeout=300)
+    return launch("ppo", *ranks, **{**SMALL, "out": tmp_path} | options)
 
 
 def losses(folder) -> list[dict]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    names = ("train/actor/policy_loss", "train/critic/value_loss", "train/actor/approx_kl", "train/actor/grad_norm")
-    return [{name: events.Scalars(name)[i].value for name in names} for i in range(len(events.Scalars(names[0])))]
+    return curves(folder, "train/actor/policy_loss", "train/critic/value_loss", "train/actor/approx_kl", "train/actor/grad_norm")
 
 
 def test_two_ranks_see_what_one_sees(tmp_path):
@@ -161,20 +154,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = script(tmp_path, name="whole", total_iterations=4, save_every=2)
     half = script(tmp_path, name="half", total_iterations=2, save_every=2)
     assert whole.returncode == 0 and half.returncode == 0, whole.stderr[-2000:] + half.stderr[-2000:]
-    rest = subprocess.run(
-        [sys.executable, "tests/baselines/launch.py", "ppo", f"--resume={tmp_path / 'half'}", "--total-iterations=4"], capture_output=True, text=True, timeout=300
-    )
+    rest = launch("ppo", resume=tmp_path / "half", total_iterations=4)
     assert rest.returncode == 0 and "resuming after iteration 2" in rest.stdout, rest.stdout + rest.stderr[-2000:]
     a, b = (load_file(tmp_path / name / "checkpoints/step-000000004/policy/model.safetensors") for name in ("whole", "half"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     counters = [json.loads((tmp_path / name / "checkpoints/step-000000004/checkpoint.json").read_text())["counters"] for name in ("whole", "half")]
     assert counters[0] == counters[1]
-    other = subprocess.run([sys.executable, "tests/baselines/launch.py", "ppo", f"--resume={tmp_path / 'half'}", "--seed=5"], capture_output=True, text=True)
+    other = launch("ppo", resume=tmp_path / "half", seed=5)
     assert other.returncode != 0 and "seed was 0, now 5" in other.stderr
 
 
 def test_help_explains_every_argument():
-    shown = subprocess.run([sys.executable, "baselines/ppo.py", "--help"], capture_output=True, text=True, timeout=60).stdout
+    shown = subprocess.run([sys.executable, "baselines/ppo.py", "--help"], capture_output=True, text=True, timeout=60, env=HERE).stdout
     assert "probability ratio per chunk" in shown and "torchrun" in shown
 
 
@@ -183,7 +174,7 @@ def test_help_explains_every_argument():
 def test_learns_to_reach(tmp_path, head):
     """From chance to reaching the target most of the time, with every kind of head."""
     run = script(
-        tmp_path, name=head, policy=f"tiny:test-mlp-{head}", num_envs=16, num_chunks=16, total_iterations=40, update_epochs=6, learning_rate=2e-3,
+        tmp_path, name=head, env_id="test/PointTold", policy=f"tiny:test-mlp-{head}", num_envs=16, num_chunks=16, total_iterations=40, update_epochs=6, learning_rate=3e-3,
         value_learning_rate=2e-3, save_every=0, eval_every=40, eval_episodes=60, max_steps=12,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -5,11 +5,14 @@ Module names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from vlahub_policies.parts.packing import joined, lay_out
 
 # What "may not attend" adds to a score: finite, so that the row of a padded token becomes uniform instead of NaN.
 MASKED = -2.3819763e38
@@ -49,39 +52,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     return out.transpose(1, 2).reshape(batch, length, heads * size)
 
 
-def joined(first: nn.Linear) -> list[torch.Tensor] | None:
-    """(weight, bias) of several layers as one, if `pack` laid them out so and no gradient is wanted (it would not reach the parameters)."""
-    return None if torch.is_grad_enabled() else getattr(first, "packed", None)
-
-
 def pack(module: nn.Module) -> None:
-    """Lay out q/k/v and gate/up matrices of every attention and MLP behind one another in memory, once, for inference.
-
-    The parameters stay what they are (same names, trainable, saved apart); they become views of one block, so that changing them in place changes the block.
-    Whoever replaces them (a move to another device or dtype) has to call `unpack` first.
-    """
+    """q/k/v and gate/up matrices of every attention and MLP as one block each, for inference."""
     for part in module.modules():
         groups = {Attention: ("q_proj", "k_proj", "v_proj"), GatedMLP: ("gate_proj", "up_proj")}.get(type(part))
-        layers = [getattr(part, name) for name in groups or ()]
-        if not layers or any(type(layer) is not nn.Linear for layer in layers) or hasattr(layers[0], "packed"):
-            continue
-        blocks = []
-        for kind in ("weight", "bias"):
-            tensors = [getattr(layer, kind) for layer in layers]
-            if tensors[0] is None:
-                blocks.append(None)
-                continue
-            block = torch.cat([tensor.data for tensor in tensors])
-            for tensor, view in zip(tensors, block.split([len(tensor) for tensor in tensors]), strict=True):
-                tensor.data = view
-            blocks.append(block)
-        layers[0].packed = blocks
-
-
-def unpack(module: nn.Module) -> None:
-    for part in module.modules():
-        if hasattr(part, "packed"):
-            del part.packed
+        if groups:
+            lay_out([getattr(part, name) for name in groups])
 
 
 class Attention(nn.Module):
@@ -235,12 +211,17 @@ class GemmaLayer(nn.Module):
         past: KeysValues | None = None,
         before: torch.Tensor | None = None,  # modulations of the two norms, if they are adaptive
         after: torch.Tensor | None = None,
+        attention: Callable | None = None,  # (q, past, own, bias) -> what `attend` gives; a kernel's, for inference
     ) -> tuple[torch.Tensor, KeysValues]:
         normed, gate = self.input_layernorm(x, before)
         q, k, v = self.self_attn.project(normed)
-        q, own = rotate(q, cos, sin), (rotate(k, cos, sin), v)
-        k, v = own if past is None else (torch.cat([old, new], dim=1) for old, new in zip(past, own, strict=True))
-        x = _residual(x, self.self_attn.close(attend(q, k, v, bias)), gate)
+        q, own = rotate(q, cos, sin), (rotate(k, cos, sin), v.contiguous())
+        if attention is not None:
+            seen = attention(q, past, own, bias)
+        else:
+            k, v = own if past is None else (torch.cat([old, new], dim=1) for old, new in zip(past, own, strict=True))
+            seen = attend(q, k, v, bias)
+        x = _residual(x, self.self_attn.close(seen), gate)
         normed, gate = self.post_attention_layernorm(x, after)
         return _residual(x, self.mlp(normed), gate), own
 
@@ -254,7 +235,6 @@ class Gemma(nn.Module):
 
     def __init__(self, config: GemmaConfig, adaptive: bool = False):
         super().__init__()
-        self.head_dim, self.adaptive = config.head_dim, adaptive
         self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
         self.norm = GemmaNorm(config.width, adaptive)
 
@@ -268,19 +248,18 @@ class Gemma(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        positions: torch.Tensor,  # [B, S]
+        turn: tuple[torch.Tensor, torch.Tensor],  # `rotation` at the tokens' positions
         bias: torch.Tensor | None,
         past: list[KeysValues] | None = None,
         modulations: list[torch.Tensor] | None = None,
         through=None,
     ) -> tuple[torch.Tensor, list[KeysValues]]:
         """(output after the final norm [B, S, width], the layers' own keys and values)"""
-        cos, sin = rotation(positions, self.head_dim)
         x = x.to(self.layers[0].mlp.down_proj.weight.dtype)
         kept = []
         for i, layer in enumerate(self.layers):
             before, after = (None, None) if modulations is None else modulations[2 * i : 2 * i + 2]
-            inputs = (x, cos, sin, bias, None if past is None else past[i], before, after)
+            inputs = (x, *turn, bias, None if past is None else past[i], before, after)
             x, own = through(layer, *inputs) if through else layer(*inputs)
             kept.append(own)
         return self.norm(x, None if modulations is None else modulations[-1])[0], kept

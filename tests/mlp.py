@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,7 +30,11 @@ class MlpConfig:
 
 
 class MlpPolicy(Policy):
-    family, Config = "test-mlp", MlpConfig
+    Config, head = MlpConfig, "gaussian"
+
+    @property
+    def family(self) -> str:
+        return f"test-mlp-{self.config.head}"
 
     def __init__(self, config: MlpConfig):
         super().__init__()
@@ -42,11 +47,12 @@ class MlpPolicy(Policy):
             self.log_std = nn.Parameter(torch.full((D,), config.log_std))
         if config.head == "flow":
             self.velocity = nn.Sequential(nn.Linear(W + T * D + 16, W), nn.SiLU(), nn.Linear(W, W), nn.SiLU(), nn.Linear(W, T * D))
-            self.explore = flow.Exploration("flow_sde", steps=4, noise_level=0.5)
+            self.explore = flow.Exploration("flow_sde", steps=2, noise_level=1.0)
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
-        return cls(MlpConfig(_wants(interface), **overrides))
+        overrides.pop("value_head", None)  # it always has one
+        return cls(MlpConfig(_wants(interface), **{"head": cls.head, **overrides}))
 
     @classmethod
     def from_config(cls, config: MlpConfig, folder: Path | None = None) -> Self:
@@ -55,6 +61,9 @@ class MlpPolicy(Policy):
     @classmethod
     def from_published(cls, folder: Path, **_: Any) -> Self:
         raise NotImplementedError("this family has no published layout")
+
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Its worlds have states and actions within -1 and 1 as they are."""
 
     def prepare(self, observation: Observation) -> Trace:
         return {"states": to_torch({"states": observation["states"], "task_descriptions": []}, self.device)["states"].float()}
@@ -96,7 +105,7 @@ class MlpPolicy(Policy):
             gumbel = -torch.log(-torch.log(uniform(seeds, (*shape, BINS), device=self.device).clamp(1e-9, 1 - 1e-7)))
             taken = (log_probs + gumbel).argmax(-1)
             return Sample(taken / (BINS - 1) * 2 - 1, log_probs.gather(-1, taken[..., None])[..., 0], value, {**inputs, "taken": taken})
-        actions, log_prob, _, trace = flow.explore(self._denoiser(inputs), shape, seeds, self.explore, self.device)
+        actions, log_prob, _, trace = flow.explore(partial(flow.walk, self._denoiser(inputs)), shape, seeds, self.explore, self.device)
         return Sample(actions, log_prob, value, {**inputs, **trace})
 
     def value(self, observation: Observation) -> torch.Tensor:
@@ -126,6 +135,18 @@ class MlpPolicy(Policy):
         time = flow.sample_time(seeds, self.device)
         x, velocity = flow.interpolate(actions, normal(seeds, actions.shape[1:], flow.TRAINING_NOISE, self.device), time)
         return (self._denoiser(inputs)(x, time).velocity - velocity).pow(2).mean()
+
+
+class GaussianMlp(MlpPolicy):
+    pass
+
+
+class CategoricalMlp(MlpPolicy):
+    head = "categorical"
+
+
+class FlowMlp(MlpPolicy):
+    head = "flow"
 
 
 def _wants(interface: Interface) -> Interface:

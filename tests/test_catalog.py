@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ def test_gymnasium_knows_the_ids_with_and_without_the_module():
 
 
 def test_unknown_ids_suggest_the_nearest():
-    with pytest.raises(UnknownId, match=r"no environment is called 'test/Pont'; did you mean 'test/Point'\?"):
+    with pytest.raises(UnknownId, match=r"no environment is called 'test/Pont'; did you mean 'test/Point'"):
         catalog.env_card("test/Pont")
     with pytest.raises(gym.error.NameNotFound, match="`Point`"):
         gym.make("test/Pont")
@@ -57,9 +58,11 @@ def test_suggest():
     assert catalog.suggest("x", []) == "known are none"
 
 
-def test_ids_are_registered_once():
-    with pytest.raises(ValueError, match="'test/Point' is registered already"):
-        vlahub.register_env(POINT)
+def test_ids_are_registered_once(recwarn):
+    with pytest.raises(ValueError, match="'test/Point' is registered already, with another card"):
+        vlahub.register_env(dataclasses.replace(POINT, summary="another"))
+    vlahub.register_env(dataclasses.replace(POINT))  # the same card again, from a notebook cell, is no conflict
+    assert catalog.env_card("test/Point") is POINT and not recwarn
 
 
 def test_a_third_party_registers_families_and_policies(monkeypatch):
@@ -98,4 +101,6 @@ def test_every_card_is_complete():
         assert card.summary and card.simulation.count(":") == 1, card.id
     for card in catalog.POLICIES.values():
         assert card.summary and card.family in catalog.FAMILIES, card.id
-        assert set(card.envs) <= catalog.ENVS.keys(), card.id
+        # A checkpoint may be known before the environments that it was trained for; of a family that is there, every id must be
+        there = {env_id.split("-")[0] for env_id in catalog.ENVS}
+        assert {env_id for env_id in card.envs if env_id.split("-")[0] in there} <= catalog.ENVS.keys(), card.id

@@ -29,7 +29,12 @@ def same(a, b):
 def test_gymnasiums_checker_has_no_complaint(env, recwarn):
     assert type(env) is vlahub.Env and env.spec.id == env.env_id
     check_env(env, skip_close_check=True)
-    assert not [str(warning.message) for warning in recwarn if "gymnasium" in warning.filename]
+    complaints = [str(warning.message) for warning in recwarn if "gymnasium" in warning.filename]
+    # Actions are in the units that published policies give (joint positions in rad, poses in m), so Gymnasium's advice to scale them cannot be followed
+    low, high = env.action_space.low, env.action_space.high
+    if (low < -1).any() or (high > 1).any() or ((low != 0) & (abs(low) != abs(high))).any():
+        complaints = [words for words in complaints if "symmetric and normalized space" not in words]
+    assert not complaints
 
 
 def test_reset_is_a_function_of_the_seed(env):

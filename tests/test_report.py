@@ -16,7 +16,7 @@ def results(**changes):
         Outcome(3, 1, 1, 14, "open it", False, 0, 0.0, attempts=3, aborted="the worker died"),
     ]
     settings = {"env": "test/<Point>", "policy": "expert", "seed": 0, "env_options": {"size": 24}, "assets": "stand-in"}
-    return Results(**{"episodes": episodes, "settings": settings, "warnings": ["1 episode was lost"], "command": "vlahub eval --env x", **changes})
+    return Results(**{"episodes": episodes, "settings": settings, "warnings": ["1 <episode> was lost"], "command": "vlahub eval --env x", **changes})
 
 
 def clip(episode, success, size=1000):
@@ -56,7 +56,7 @@ def test_the_page_says_what_was_measured():
         "66.7 %",
         "2 of 3 episodes solved",
         "20.8 to 93.9 %",
-        "1 episode was lost",
+        "1 &lt;episode&gt; was lost",
         "vlahub eval --env x",
         "the worker died",
         "stand-in",

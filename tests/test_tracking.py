@@ -1,10 +1,11 @@
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from vlahub.tracking import METRICS, Tracker, check_name, line
+from vlahub.tracking import METRICS, Tracker, check_name, line, table
 
 
 def curves(folder):
@@ -44,6 +45,10 @@ def test_names_and_values_are_checked(tmp_path):
     with pytest.raises(TypeError, match="'env/return' must be one number"):
         tracker.log(1, {"env/return": [1, 2]})
     tracker.close()
+
+
+def test_the_documentation_has_this_table():
+    assert (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().endswith(table())
 
 
 def test_a_diverged_run_is_written_and_said():

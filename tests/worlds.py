@@ -1,5 +1,6 @@
 """A small real task for tests: push a point to a coloured target. Fast, seeded, with every contract feature that the engine and the baselines touch."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -19,18 +20,19 @@ SPEED = 0.2  # metres that an action of 1 moves
 
 
 class PointWorld:
-    """Args: `size` of the square image, `wrists` and `extras` more views, `cost` seconds of physics per step, `trouble` what option {"trouble": step} does then."""
+    """Args: `size` of the square image, `wrists` and `extras` more views, `cost` seconds of physics per step, `trouble` what option {"trouble": step} does then,
+    `told` whether the state holds the target too, for policies that do not look at pictures."""
 
     max_steps, tasks, trials, assets = 20, len(COLOURS), None, "none"
 
-    def __init__(self, size: int = 24, wrists: int = 0, extras: int = 0, cost: float = 0.0, trouble: str = "crash"):
-        self.size, self.cost, self.trouble = size, cost, trouble
+    def __init__(self, size: int = 24, wrists: int = 0, extras: int = 0, cost: float = 0.0, trouble: str = "crash", told: bool = False):
+        self.size, self.cost, self.trouble, self.told = size, cost, trouble, told
         cameras = [Camera(name, size, size) for name in ("top", *(f"wrist{i}" for i in range(wrists)), *(f"extra{i}" for i in range(extras)))]
         self.interface = Interface(
             main=cameras[0],
             wrists=tuple(cameras[1 : 1 + wrists]),
             extras=tuple(cameras[1 + wrists :]),
-            state=(Field("position", 2, "m", frame="world", low=-1, high=1),),
+            state=tuple(Field(name, 2, "m", frame="world", low=-1, high=1) for name in ("position", "target")[: 1 + told]),
             action=(Field("step", 2, "1", reference="delta", frame="world", low=-1, high=1),),
             control_hz=10,
         )
@@ -80,7 +82,8 @@ class PointWorld:
             observation["wrist_images"] = wrists if len(wrists) > 1 else wrists[0]
         if self.interface.extras:
             observation["extra_view_images"] = np.stack([np.roll(image, i + 1, axis=1) for i in range(len(self.interface.extras))])
-        return {**observation, "states": self.position.copy(), "task_descriptions": f"go to the {list(COLOURS)[self.task]} target"}
+        state = np.concatenate([self.position, self.target]) if self.told else self.position.copy()
+        return {**observation, "states": state, "task_descriptions": f"go to the {list(COLOURS)[self.task]} target"}
 
     def _draw(self) -> np.ndarray:
         self.renders += 1
@@ -117,3 +120,5 @@ POINT = EnvCard(
     expert="tests.worlds:PointExpert",
     summary="Push a point to a coloured target.",
 )
+
+POINT_TOLD = dataclasses.replace(POINT, id="test/PointTold", kwargs={"told": True})

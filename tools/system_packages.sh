@@ -11,7 +11,13 @@ PYTHON=${PYTHON:-python3}
 
 say() { printf 'system packages: %s\n' "$*"; }
 
-has_library() { ldconfig -p 2>/dev/null | grep -q "[[:space:]]$1"; }
+if [ "$(uname -s)" != Linux ]; then
+    say "nothing to install on $(uname -s)"
+    exit 0
+fi
+
+libraries=$(PATH=$PATH:/usr/sbin:/sbin ldconfig -p 2> /dev/null || true)
+has_library() { grep -q "[[:space:]]$1" <<< "$libraries"; }
 
 # A GPU driver's own Vulkan: NVIDIA's or AMD's closed driver registers itself; for AMD and Intel, Mesa's driver is the GPU's own.
 gpu_vulkan() {
@@ -55,11 +61,6 @@ backports_source() {
     done
     return 1
 }
-
-if [ "$(uname -s)" != Linux ]; then
-    say "nothing to install on $(uname -s)"
-    exit 0
-fi
 
 # ------------------------------------------------------------------------------------------------ what is missing
 packages=()
@@ -105,7 +106,7 @@ if [ -n "$vulkan" ]; then
     offered=$(candidate "$vulkan")
     if [ -z "$offered" ] || dpkg --compare-versions "${offered#*:}" lt "$LAVAPIPE_MESA"; then
         codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-        if [ -z "$(LC_ALL=C apt-cache policy | grep -F "n=$codename-backports" || true)" ]; then
+        if ! grep -qF "n=$codename-backports" <<< "$(LC_ALL=C apt-cache policy)"; then
             say "$codename offers Mesa ${offered:-none}, rendering needs >= $LAVAPIPE_MESA: adding $codename-backports to the apt sources"
             backports_source "$codename" || { say "found no source for $codename in /etc/apt to copy; add $codename-backports by hand and run this again"; exit 1; }
             apt-get update -qq

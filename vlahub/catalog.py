@@ -75,7 +75,8 @@ class UnknownId(ValueError):
 
 def register_env(card: EnvCard) -> None:
     """Add an environment to the catalog and to Gymnasium: `gym.make`, `gym.make_vec` and `vlahub list` then know it."""
-    _add(ENVS, card.id, card)
+    if not _add(ENVS, card.id, card):
+        return
     gymnasium.register(
         id=card.id,
         entry_point="vlahub.env:make",
@@ -95,10 +96,14 @@ def register_policy(card: PolicyCard) -> None:
     _add(POLICIES, card.id, card)
 
 
-def _add(cards: dict[str, Any], key: str, card: Any) -> None:
+def _add(cards: dict[str, Any], key: str, card: Any) -> bool:
+    """False if the very same card stands there: a notebook cell run again, or a script that is imported under its module's name as well."""
     if key in cards:
-        raise ValueError(f"{key!r} is registered already")
+        if cards[key] == card:
+            return False
+        raise ValueError(f"{key!r} is registered already, with another card")
     cards[key] = card
+    return True
 
 
 def env_card(env_id: str) -> EnvCard:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import json as json_module
 import os
@@ -130,7 +131,7 @@ def _show_all() -> None:
         policies.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)), _plain("\n".join(card.envs)))
     for table, cards in ((environments, catalog.ENVS), (policies, catalog.POLICIES)):
         console.print(table if cards else f"{table.title}: none registered")
-    console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.")
+    console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.", soft_wrap=True)
 
 
 def _with_fix(card: Any) -> str:
@@ -166,6 +167,7 @@ def evaluate(
     out: Path | None = None,
     execute: int | None = None,
     max_steps: int | None = None,
+    timeout: float = 300.0,
     videos: int = 2,
     video_episodes: tuple[int, ...] = (),
     device: str = "auto",
@@ -178,7 +180,7 @@ def evaluate(
     The same command continues an evaluation that was interrupted.
 
     Args:
-        env: environment id; `vlahub list` shows them.
+        env: environment id; `vlahub list` shows them. `module:id` imports the module that registers it first.
         policy: a bundled id, a folder, a hub repository, `expert`, `random`, or `module:function` (batched observation -> actions [B, T, D]).
         episodes: how many; every task gets the same number of trials.
         num_envs: environments that run at once, each in its own process; the results do not depend on it.
@@ -186,6 +188,7 @@ def evaluate(
         out: folder for everything written; runs/ENV-POLICY-SEED by default.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
+        timeout: seconds that a simulation may take to start, reset or run a chunk; after that it counts as hung and its episode as aborted.
         videos: so many solved and so many unsolved episodes are recorded; 0 for none.
         video_episodes: record these episodes instead.
         device: where the policy runs; a GPU if there is one by default.
@@ -195,7 +198,7 @@ def evaluate(
     """
     from vlahub import evaluation
 
-    catalog.env_card(env)  # a wrong id is cheap to find before the weights are loaded
+    env = _registered(env)  # a wrong id is cheap to find before the weights are loaded
     given = options("env-options", env_options)
     player = _load_policy(policy, device, dtype, options("policy-options", policy_options))
     out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
@@ -208,6 +211,7 @@ def evaluate(
         out=out,
         execute=execute,
         max_steps=max_steps,
+        timeout=timeout,
         videos=video_episodes or videos,
         env_options=given,
         policy_name=policy,
@@ -216,7 +220,15 @@ def evaluate(
         progress=True,
     )
     _show_results(results, out)
-    return 0 if results.finished else 130
+    return 0
+
+
+def _registered(env: str) -> str:
+    """The id, once the module before its colon is imported, as gymnasium.make does."""
+    module, colon, env_id = env.rpartition(":")
+    if colon:
+        _import(module, f"--env {env}")
+    return catalog.env_card(env_id).id
 
 
 def options(flag: str, words: Sequence[str]) -> dict[str, Any]:
@@ -257,15 +269,20 @@ def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapp
 
 
 def _load_function(name: str) -> Any:
-    module = name.partition(":")[0]
+    module, _, function = name.partition(":")
     try:
-        return catalog.load(name)
-    except ModuleNotFoundError as error:
-        if error.name != module.split(".")[0] and error.name != module:
-            raise  # the module is there and lacks something itself
-        raise ModuleNotFoundError(f"--policy {name}: there is no module {module!r} in {os.getcwd()} or among the installed packages") from error
+        return getattr(_import(module, f"--policy {name}"), function)
     except AttributeError as error:
         raise ValueError(f"--policy {name}: {error}") from error
+
+
+def _import(module: str, flag: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not (module == error.name or module.startswith(f"{error.name}.")):
+            raise  # the module is there and lacks something itself
+        raise ModuleNotFoundError(f"{flag}: there is no module {module!r} in {os.getcwd()} or among the installed packages") from error
 
 
 def _show_results(results: Any, out: Path) -> None:
@@ -285,8 +302,6 @@ def _show_results(results: Any, out: Path) -> None:
         table.add_row(*map(_plain, words))
     console.print(table)
     for warning in results.warnings:
-        console.print(_plain(f"warning: {warning}"), style="yellow")
-    console.print(_plain(str(results)), style="bold")
-    console.print(_plain(f"report: {out / 'report.html'}"))
-    if not results.finished:
-        console.print(_plain("interrupted: the same command continues where this one stopped"))
+        console.print(_plain(f"warning: {warning}"), style="yellow", soft_wrap=True)
+    console.print(_plain(results), style="bold", soft_wrap=True)
+    console.print(_plain(f"report: {out / 'report.html'}"), soft_wrap=True)

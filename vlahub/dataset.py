@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlahub import video
-from vlahub.interface import Interface
+from vlahub.interface import Fit, Interface
 from vlahub.observation import Observation, stack, views
 
 CHUNK = 1000  # episodes per folder, as LeRobot's `chunks_size`
@@ -412,6 +412,14 @@ class Dataset:
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Exact statistics of "states" and "actions" over the frames kept: min, max, mean, std, q01, q99, count."""
         return {"states": _statistics(self.states), "actions": _statistics(self.actions)}
+
+    @staticmethod
+    def joint_statistics(datasets: Sequence[Dataset], fit: Fit | None = None) -> dict[str, dict[str, list[float]]]:
+        """Exact statistics over the frames of several datasets, the states as the policy gets them."""
+        states = np.concatenate([dataset.states for dataset in datasets])
+        if fit is not None and fit.state is not None:
+            states = fit.state.convert(states)
+        return {"states": _statistics(states), "actions": _statistics(np.concatenate([dataset.actions for dataset in datasets]))}
 
     def __getitem__(self, frame: int) -> dict[str, Any]:
         """The observation of one frame (single-env keys), `actions` [T, D] and `action_is_pad` [T]."""

@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,11 @@ from typing import Any
 
 import numpy as np
 
+import vlahub
 from vlahub import catalog, report, video
 from vlahub.interface import Fit, check
 from vlahub.observation import select
+from vlahub.vector import WorkerError
 
 EXPERT, RANDOM = "expert", "random"
 # Runs more that an aborted episode gets before it is left out of the rate. A simulation that crashed by bad luck runs the second time; one that always
@@ -64,8 +67,6 @@ def episodes_of(count: int, seed: int, tasks: int, trials: int | None) -> list[E
     Every task gets the same number of trials (the first `count % tasks` tasks one more), beginning with trial 0. The seed of a (task, trial) depends on
     nothing but `seed`: a longer evaluation contains the shorter one. They are ordered task by task because loading a task's scene takes most of a reset.
     """
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise ValueError(f"episodes must be a whole number of at least 1, not {count!r}")
     if trials is not None and count > tasks * trials:
         raise ValueError(
             f"{count} episodes asked for, but this environment has {tasks} tasks x {trials} trials = {tasks * trials} different ones, and each runs once; "
@@ -207,7 +208,7 @@ class Results(Summary):
             "no episode counted" if self.success_rate is None else f"{100 * self.success_rate:.1f} % solved (95 % interval {100 * low:.1f} to {100 * high:.1f})"
         )
         aborted = f", {self.aborted} aborted and not counted" if self.aborted else ""
-        return f"{self.settings['policy']} on {self.settings['env']}: {rate}, {self.successes} of {self.counted} episodes{aborted}"
+        return f"{self.settings['policy']} on {self.settings['env']} (assets: {self.settings['assets']}): {rate}, {self.successes} of {self.counted} episodes{aborted}"
 
 
 def instruction_of(outcomes: Sequence[Outcome]) -> str:
@@ -224,8 +225,6 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    import vlahub
-
     return {**found, "vlahub": vlahub.__version__}
 
 
@@ -321,11 +320,11 @@ class Folder:
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Write the settings, or compare them with those that are there."""
         file = self.path / "settings.json"
+        text = json.dumps(settings, indent=2, default=str) + "\n"
         if not file.exists():
-            _write(file, json.dumps(settings, indent=2) + "\n")
+            _write(file, text)
             return
-        there = json.loads(file.read_text())
-        here = json.loads(json.dumps(settings))
+        there, here = json.loads(file.read_text()), json.loads(text)
         differing = [f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in {**there, **here} if there.get(name) != here.get(name)]
         if differing:
             raise SettingsDiffer(f"{self.path} holds an evaluation with other settings: {'; '.join(differing)}. Use the same, or another folder")
@@ -369,7 +368,7 @@ class Folder:
 
     def write(self, results: Results, clips: Sequence[report.Clip] = ()) -> None:
         record = results.to_dict()
-        _write(self.path / "results.json", json.dumps(record, indent=2) + "\n")
+        _write(self.path / "results.json", json.dumps(record, indent=2, default=str) + "\n")
         _write(self.path / "report.html", report.render(record, clips))
 
     def close(self) -> None:
@@ -393,6 +392,7 @@ def evaluate(
     out: str | Path | None = None,
     execute: int | None = None,
     max_steps: int | None = None,
+    timeout: float = 300.0,
     videos: int | Sequence[int] = 2,
     env_options: Mapping[str, Any] | None = None,
     policy_name: str = "",
@@ -414,19 +414,24 @@ def evaluate(
         out: folder for results.json, report.html, videos and what is needed to continue. Without it nothing is written.
         execute: actions of each chunk that run before the policy is asked again; by default `policy.execute`, and all of what a function returns.
         max_steps: control steps per episode; the environment's limit by default.
+        timeout: seconds that a simulation may take to start, reset or run a chunk; after that it counts as hung and its episode as aborted.
         videos: record so many solved and so many unsolved episodes, or the episodes of these numbers.
         env_options: options of the simulation.
         policy_name: what results call the policy, for example its id.
         policy_options: what it was loaded with; only written down.
-        command: likewise.
+        command: what to type to repeat it; likewise.
         progress: show progress, as a bar on a terminal and as lines elsewhere.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}")
+    for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     folder = Folder(out) if out is not None else None
     venv = None
+    training = [module for module in policy.modules() if module.training] if hasattr(policy, "modules") else []
     try:
-        venv, slots = _vector_env(env, num_envs, max_steps, env_options or {}, policy)
+        for module in training:  # dropout belongs to training
+            module.training = False
+        venv = _vector_env(env, min(num_envs, episodes), max_steps, timeout, env_options or {}, policy)
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
         todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials)
@@ -444,48 +449,64 @@ def evaluate(
             "execute": player.execute,
             "adapters": str(fit),
             "seed": int(seed),
+            "vlahub": vlahub.__version__,
         }
         outcomes: list[Outcome] = []
         if folder is not None:
             folder.agree(settings)
             outcomes = _already_done(folder, todo)
+        command = (
+            command
+            or f"vlahub.evaluate({venv.card.id!r}, ..., episodes={episodes}, seed={seed}, execute={execute}, max_steps={max_steps}, env_options={env_options})"
+        )
         results = Results(outcomes, {**settings, "episodes": episodes, "num_envs": venv.num_envs}, [], command=command)
-        _run(venv, slots, player, fit, todo, results, folder, progress)
+        _run(venv, player, fit, todo, results, folder, progress)
         if folder is not None:
             folder.write(results)  # the figures first: recording takes a while
-            clips = _record(venv, slots, _choose(results, videos, chosen), folder, results, progress)
-            folder.write(results, clips)
+            clips = _record(venv, _choose(results, videos, chosen), folder, results, progress)
+            try:
+                folder.write(results, clips)
+            except OSError as error:
+                _warn(results, f"the videos are not in the report, because it could not be written again: {error}", progress)
         return results
     finally:
+        for module in training:
+            module.training = True
         if venv is not None and venv is not env:
             venv.close()
         if folder is not None:
             folder.close()
 
 
-def _vector_env(env: Any, num_envs: int, max_steps: int | None, env_options: Mapping[str, Any], policy: Any) -> tuple[Any, int]:
-    """The vector env and its number of slots."""
+def _vector_env(env: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any], policy: Any) -> Any:
+    """The vector env: the one given, or one made of an id or a card."""
     if hasattr(env, "step_chunk") and hasattr(env, "num_envs"):
         if env_options or max_steps is not None:
             raise ValueError("env_options and max_steps belong to making an environment; this one exists already")
         if env.autoreset_mode.name != "DISABLED":
             raise ValueError(f"evaluation starts every episode itself; make the vector env with autoreset_mode='Disabled', not {env.autoreset_mode.value!r}")
-        return env, 1
+        return env
     card = catalog.env_card(env) if isinstance(env, str) else env
     if not isinstance(card, catalog.EnvCard):
         raise TypeError(f"env must be an id, an EnvCard or a vlahub vector env, not {type(env).__name__}")
     if policy == EXPERT and not card.expert:
         raise ValueError(f"{card.id} has no scripted expert")
-    made = {"num_envs": num_envs, "max_steps": max_steps, "render_mode": "rgb_array", **env_options}
-    slots = 1
-    if card.vector == VECTOR:
-        # While one half simulates, the policy is busy with the other. One process per env: a simulation that crashes takes no other episode with it.
-        slots = min(2, num_envs)
-        made.update(slots=slots, workers=num_envs)
-    return catalog.load(card.vector)(card, **made), slots
+    made: dict[str, Any] = {"num_envs": num_envs, "max_steps": max_steps, "render_mode": "rgb_array"}
+    if card.vector == catalog.EnvCard.vector:
+        # One half simulates while the policy is busy with the other. One process per env: a simulation that crashes takes no other episode with it.
+        made.update(slots=min(2, num_envs), workers=num_envs, timeout=timeout)
+    if taken := sorted(env_options.keys() & {*made, "card", "autoreset_mode"}):
+        raise ValueError(f"env_options are options of the simulation, and {', '.join(taken)} is not one; see the other arguments of evaluate")
+    # a natively batched class offers the same methods, with one slot if it has no use for two
+    return catalog.load(card.vector)(card, **made, **env_options)
 
 
-VECTOR = catalog.EnvCard.vector  # the class of families that are not natively batched
+def _slots(venv: Any) -> list[range]:
+    """The rows of each slot."""
+    slots: list[range] = []
+    while sum(map(len, slots)) < venv.num_envs:
+        slots.append(venv.slot_envs(len(slots)))
+    return slots
 
 
 def _already_done(folder: Folder, todo: Sequence[Episode]) -> list[Outcome]:
@@ -505,7 +526,7 @@ class Running:
     """An episode under way in one env."""
 
     episode: Episode
-    attempt: int
+    attempt: int = 1
     instruction: str = ""
     steps: int = 0
     total_reward: float = 0.0
@@ -513,13 +534,16 @@ class Running:
     chunks: list[np.ndarray] = dataclasses.field(default_factory=list)  # executed so far, in env units
 
 
-def _run(venv: Any, slots: int, player: Player, fit: Fit, todo: Sequence[Episode], results: Results, folder: Folder | None, progress: bool) -> None:
-    """Run what is not done yet and add it to `results`."""
+def _run(venv: Any, player: Player, fit: Fit, todo: Sequence[Episode], results: Results, folder: Folder | None, progress: bool) -> None:
+    """Run what is not done yet and add it to `results`.
+
+    Each slot goes round fill, ask, receive: free envs get the next episode, the policy is asked and its chunk sent off, the outcome is booked.
+    While one slot's chunk is under way, the other slot is filled and asked."""
     done = {outcome.index for outcome in results.episodes}
-    queue = deque((episode, 1) for episode in todo if episode.index not in done)
-    running: list[Running | None] = [None] * venv.num_envs
-    observations: list[Any] = [None] * slots
-    under_way: list[Any] = [None] * slots  # with slots: True; without: the result
+    queue = deque(Running(episode) for episode in todo if episode.index not in done)
+    running: dict[int, Running] = {}  # by env
+    slots = _slots(venv)
+    observations: list[Any] = [None] * len(slots)
     clock = {"simulate_seconds": 0.0, "infer_seconds": 0.0}  # since the last finished episode
 
     def timed(what: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -529,67 +553,55 @@ def _run(venv: Any, slots: int, player: Player, fit: Fit, todo: Sequence[Episode
         finally:
             clock[what] += time.perf_counter() - start
 
-    def rows_of(slot: int) -> range:
-        return venv.slot_envs(slot) if slots > 1 else range(venv.num_envs)
-
     def fill(slot: int) -> None:
-        """Give every free env of the slot the next episode."""
-        rows = rows_of(slot)
-        fresh = [row for row in rows if running[row] is None][: len(queue)]
+        rows = slots[slot]
+        fresh = [row for row in rows if row not in running][: len(queue)]
         if not fresh:
             return
-        for row in fresh:
-            running[row] = Running(*queue.popleft())
+        running.update({row: queue.popleft() for row in fresh})
         started = [running[row].episode if row in fresh else None for row in rows]
-        observations[slot] = timed("simulate_seconds", _start, venv, started, slot if slots > 1 else None)
+        observations[slot] = timed("simulate_seconds", _start, venv, started, slot)
         for row in fresh:
             running[row].instruction = observations[slot]["task_descriptions"][row - rows.start]
 
-    def ask(slot: int) -> None:
-        """The next chunk of every running episode of the slot, begun."""
-        rows = rows_of(slot)
-        live = [row for row in rows if running[row] is not None]
+    def ask(slot: int) -> bool:
+        """Returns whether there was anything to ask for."""
+        rows = slots[slot]
+        live = [row for row in rows if row in running]
         if not live:
-            return
-        chunks: list[np.ndarray | None] = [None] * len(rows)
+            return False
         if player.act is None:
-            chunks = timed("infer_seconds", venv.expert_actions, **({"slot": slot} if slots > 1 else {}))
-            actions = [None if chunk is None else chunk[: player.execute] for chunk in chunks]
+            chunks = timed("infer_seconds", venv.expert_actions, slot=slot)
+            chunks = [None if chunk is None else chunk[: player.execute] for chunk in chunks]
         else:
             seen = fit.observation(select(observations[slot], [row - rows.start for row in live]))
-            seeds = [(running[row].episode.seed, running[row].steps) for row in live]
-            given = fit.actions(checked_chunk(timed("infer_seconds", player.act, seen, seeds), len(live), player.execute))
-            actions = [None] * len(rows)
-            for row, chunk in zip(live, given, strict=True):
-                actions[row - rows.start] = chunk
-        for row in live:
-            if actions[row - rows.start] is not None:
-                running[row].chunks.append(actions[row - rows.start])
-        if slots > 1:
-            venv.send(actions, slot=slot)
-            under_way[slot] = True
-        else:
-            under_way[slot] = timed("simulate_seconds", venv.step_chunk, actions)
+            given = timed("infer_seconds", player.act, seen, [(running[row].episode.seed, running[row].steps) for row in live])
+            by_row = dict(zip(live, fit.actions(checked_chunk(given, len(live), player.execute)), strict=True))
+            chunks = [by_row.get(row) for row in rows]
+        for row, chunk in zip(rows, chunks, strict=True):
+            if row in running and chunk is not None:
+                running[row].chunks.append(np.array(chunk))  # a copy: a policy may write its next actions into the same array
+        venv.send(chunks, slot=slot)
+        return True
 
     def receive(slot: int) -> None:
-        """Book what the chunk did."""
-        result = timed("simulate_seconds", venv.recv, slot) if slots > 1 else under_way[slot]
-        under_way[slot], observations[slot] = None, result.observation
-        for i, row in enumerate(rows_of(slot)):
-            one = running[row]
-            if one is None:
+        result = timed("simulate_seconds", venv.recv, slot)
+        observations[slot] = result.observation
+        for i, row in enumerate(slots[slot]):
+            if row not in running:
                 continue
+            one = running[row]
             one.steps += int(result.length[i])
             one.total_reward += math.fsum(result.reward[i])
-            one.clipped += int(result.info.get("clipped", np.zeros(i + 1))[i])
+            one.clipped += int(result.info["clipped"][i]) if "clipped" in result.info else 0
             aborted = str(result.info["abort_reason"][i]) if result.info["aborted"][i] else ""
             if aborted and one.attempt <= RETRIES:
                 shown.say(f"episode {one.episode.index} is lost and runs again: {aborted}")
-                queue.appendleft((one.episode, one.attempt + 1))
-                running[row] = None
+                queue.appendleft(Running(one.episode, one.attempt + 1))
+                del running[row]
             elif result.done[i]:
-                finish(one, success=bool(result.info["success"][i]) and not aborted, aborted=aborted)
-                running[row] = None
+                finish(one, success=not aborted and bool(result.info["success"][i]), aborted=aborted)
+                del running[row]
 
     def finish(one: Running, success: bool, aborted: str) -> None:
         outcome = Outcome(
@@ -605,7 +617,8 @@ def _run(venv: Any, slots: int, player: Player, fit: Fit, todo: Sequence[Episode
         )
         if folder is not None:
             try:
-                folder.keep_actions(outcome, one.chunks)
+                if not aborted:
+                    folder.keep_actions(outcome, one.chunks)
             except OSError as error:
                 results.warnings.append(f"the actions of episode {outcome.index} could not be kept ({error.strerror}), so it cannot be recorded")
                 shown.say(results.warnings[-1])
@@ -614,22 +627,23 @@ def _run(venv: Any, slots: int, player: Player, fit: Fit, todo: Sequence[Episode
         results.episodes.append(outcome)
         shown.count(outcome)
 
-    with Shown(results, len(todo), progress) as shown:
+    with Shown(results, len(todo), progress) as shown, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the episode of env", RuntimeWarning)  # lost episodes are told here, by their number
         try:
-            for slot in range(slots):
+            under_way: deque[int] = deque()
+            for slot in range(len(slots)):
                 fill(slot)
-                ask(slot)
-            while any(state is not None for state in under_way):
-                for slot in range(slots):
-                    if under_way[slot] is not None:
-                        receive(slot)
-                        fill(slot)
-                        ask(slot)
-        except KeyboardInterrupt:
+                if ask(slot):
+                    under_way.append(slot)
+            while under_way:
+                slot = under_way.popleft()
+                receive(slot)
+                fill(slot)
+                if ask(slot):
+                    under_way.append(slot)
+        except (KeyboardInterrupt, WorkerError):
             results.finished = False
-            shown.say(
-                f"interrupted after {len(results.episodes)} of {len(todo)} episodes; " + ("the same command continues" if folder else "nothing was written")
-            )
+            shown.say(f"stopped after {len(results.episodes)} of {len(todo)} episodes; " + ("the same command continues" if folder else "nothing was written"))
             if folder is not None:
                 _conclude(results)
                 folder.write(results)
@@ -644,21 +658,22 @@ def _conclude(results: Results) -> None:
         numbers = ", ".join(str(outcome.index) for outcome in results.episodes if outcome.aborted)
         reason = next(outcome.aborted for outcome in results.episodes if outcome.aborted)
         results.warnings.append(
-            f"{results.aborted} of {len(results.episodes)} episodes aborted {RETRIES + 1} times and are in no figure: {numbers}. The first: {reason}"
+            f"{results.aborted} of {len(results.episodes)} episodes were aborted {RETRIES + 1} times by a failing simulation and are in no figure: "
+            f"episode {numbers}. The first reason: {reason}"
         )
     clipped = [outcome for outcome in results.episodes if outcome.clipped]
     if clipped:
         results.warnings.append(f"actions out of bounds were clipped in {len(clipped)} episodes, {sum(outcome.clipped for outcome in clipped)} numbers in all")
 
 
-def _start(venv: Any, started: Sequence[Episode | None], slot: int | None) -> Any:
-    """Start episodes in some envs (None: leave it). -> the observation of all."""
+def _start(venv: Any, started: Sequence[Episode | None], slot: int) -> Any:
+    """Start episodes in some envs of a slot (None: leave it). -> the slot's observation."""
     episodes = [episode or Episode(0, 0, 0, 0) for episode in started]  # what stands for the others is not looked at
     options: dict[str, Any] = {"reset_mask": np.array([episode is not None for episode in started]), "task": [episode.task for episode in episodes]}
     if venv.trials is not None:  # otherwise the seed makes the trial
         options["trial"] = [episode.trial for episode in episodes]
     seeds = [None if given is None else given.seed for given in started]
-    observation, _ = venv.reset(seed=seeds, options=options, **({} if slot is None else {"slot": slot}))
+    observation, _ = venv.reset(seed=seeds, options=options, slot=slot)
     return observation
 
 
@@ -687,7 +702,7 @@ def _choose(results: Results, videos: int | Sequence[int], chosen: Sequence[int]
     return sorted(picked, key=lambda outcome: outcome.index)
 
 
-def _record(venv: Any, slots: int, chosen: Sequence[Outcome], folder: Folder, results: Results, progress: bool) -> list[report.Clip]:
+def _record(venv: Any, chosen: Sequence[Outcome], folder: Folder, results: Results, progress: bool) -> list[report.Clip]:
     """Show the chosen episodes again, now with a picture at every step, and write them. The executed actions are repeated, the policy is not asked.
 
     Recording afterwards costs a few episodes more; recording all of them while they run would draw a picture at every step of each."""
@@ -701,13 +716,11 @@ def _record(venv: Any, slots: int, chosen: Sequence[Outcome], folder: Folder, re
             if path.exists():
                 data = path.read_bytes()
             else:
-                data = video.encode(replay(venv, slots, outcome, folder.actions(outcome)), venv.metadata["render_fps"])
+                data = video.encode(replay(venv, outcome, folder.actions(outcome)), venv.metadata["render_fps"])
                 video.save(path, data)
             poster = video.decode(data)[-1]
-        except (OSError, ReplayDiffers) as error:  # a full disk, most often; the figures do not depend on it
-            results.warnings.append(f"episode {outcome.index} has no video: {error}")
-            if progress:
-                print(results.warnings[-1], flush=True)
+        except (OSError, ReplayDiffers, WorkerError) as error:  # a full disk, most often; the figures do not depend on it
+            _warn(results, f"episode {outcome.index} has no video: {error}", progress)
             continue
         words = f"task {outcome.task}, trial {outcome.trial}: {outcome.length} steps, return {outcome.total_reward:.2f}"
         clips.append(report.Clip(outcome.index, outcome.success, words, name, data, poster))
@@ -715,16 +728,20 @@ def _record(venv: Any, slots: int, chosen: Sequence[Outcome], folder: Folder, re
     return clips
 
 
+def _warn(results: Results, words: str, progress: bool) -> None:
+    results.warnings.append(words)
+    if progress:
+        print(words, flush=True)
+
+
 class ReplayDiffers(RuntimeError):
     """The same actions from the same seed led somewhere else."""
 
 
-def replay(venv: Any, slots: int, outcome: Outcome, chunks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def replay(venv: Any, outcome: Outcome, chunks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """The captioned pictures of an episode, one per control step and one of its start."""
-    slot = 0 if slots > 1 else None
-    others = (len(venv.slot_envs(0)) if slots > 1 else venv.num_envs) - 1
-    episode = Episode(outcome.index, outcome.task, outcome.trial, outcome.seed)
-    observation = _start(venv, [episode, *[None] * others], slot)
+    others = [None] * (len(venv.slot_envs(0)) - 1)
+    observation = _start(venv, [Episode(outcome.index, outcome.task, outcome.trial, outcome.seed), *others], slot=0)
     instruction, steps, total, success = observation["task_descriptions"][0], 0, 0.0, False
 
     def captioned(picture: np.ndarray, reward: float, end: str = "") -> np.ndarray:
@@ -734,13 +751,8 @@ def replay(venv: Any, slots: int, outcome: Outcome, chunks: Sequence[np.ndarray]
     if venv.render_mode == "rgb_array":
         yield captioned(venv.render(mask=np.arange(venv.num_envs) == 0)[0], 0.0)
     for chunk in chunks:
-        record = np.arange(others + 1) == 0
-        actions = [chunk, *[None] * others]
-        if slots > 1:
-            venv.send(actions, slot=0, record=record)
-            result = venv.recv(0)
-        else:
-            result = venv.step_chunk(actions, record=record)
+        venv.send([chunk, *others], slot=0, record=np.arange(1 + len(others)) == 0)
+        result = venv.recv(0)
         if result.info["aborted"][0]:
             raise ReplayDiffers(f"its simulation was lost while it was recorded: {result.info['abort_reason'][0]}")
         length, success = int(result.length[0]), bool(result.info["success"][0])
@@ -780,7 +792,8 @@ class Shown:
             self.bar.stop()
 
     def _words(self) -> str:
-        return f"solved {self.results.successes} of {self.results.counted}"
+        aborted = f", {self.results.aborted} aborted" if self.results.aborted else ""
+        return f"solved {self.results.successes} of {self.results.counted}{aborted}"
 
     def count(self, outcome: Outcome) -> None:
         done = len(self.results.episodes)

@@ -10,7 +10,7 @@ import fnmatch
 import importlib.resources
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ def resolve(
     force_download: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    files: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached)."""
+    """The folder of a checkpoint: a local folder, a bundled "vlahub/..." id, or a repository on the hub (cached). `files` limits what is downloaded."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     name = str(name)
@@ -64,7 +65,15 @@ def resolve(
 
     try:
         return Path(
-            snapshot_download(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=None if files is None else list(files),
+            )
         )
     except (GatedRepoError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"{name!r} cannot be read from the hub: {error}") from error
@@ -100,6 +109,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no mapping of names to values")
+    return record
 
 
 # ------------------------------------------------------------------------------------------------ files -> tensors
@@ -215,7 +236,7 @@ def load_tensors(
     """
     wanted = module.state_dict()
     report, chosen = KeyReport(), {}
-    tied = _tied(module)
+    aliases = tied(module)
     for name in weights:
         target = rename(name)
         if target is None or (target not in wanted and any(fnmatch.fnmatchcase(name, pattern) for pattern in may_ignore)):
@@ -230,14 +251,14 @@ def load_tensors(
                 report.mis_shaped.append(f"{name} {list(shape)} for {list(wanted[target].shape)}")
             chosen[target] = name
     for name in wanted:
-        if name not in chosen and not any(other in chosen for other in tied.get(name, ())):
+        if name not in chosen and not any(other in chosen for other in aliases.get(name, ())):
             (report.initialised if any(fnmatch.fnmatchcase(name, pattern) for pattern in may_miss) else report.missing).append(name)
     if report.refused():
         raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n" + "\n".join(f"  - {line}" for line in report.refused()))
     state = {target: weights[name].to(device=device, dtype=wanted[target].dtype) for target, name in chosen.items()}
     module.load_state_dict(state, strict=False, assign=True)
     report.loaded = len(state)
-    for name, group in tied.items():  # assign=True gave each name a parameter of its own
+    for name, group in aliases.items():  # assign=True gave each name a parameter of its own
         source_name = next((other for other in group if other in chosen), None)
         if source_name not in (None, name):
             owner, _, leaf = name.rpartition(".")
@@ -248,7 +269,7 @@ def load_tensors(
     return report
 
 
-def _tied(module: nn.Module) -> dict[str, list[str]]:
+def tied(module: nn.Module) -> dict[str, list[str]]:
     """Each parameter that has several names -> all of them."""
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

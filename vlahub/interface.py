@@ -147,12 +147,13 @@ def register_adapter(adapter: Adapter) -> Adapter:
 register_adapter(
     Adapter(
         name="mean_of_two_fingers",
-        what="8-d LIBERO state (position, axis-angle, two finger positions) -> 7-d with the fingers' mean opening",
+        what="8-d LIBERO state (position, axis-angle, two finger positions) -> 7-d with the mean of the two finger positions",
         of="state",
         source=(("position", 3), ("rotation", 3), ("fingers", 2)),
         target=(("position", 3), ("rotation", 3), ("gripper", 1)),
-        # the fingers mirror each other (+q, -q), so the opening is half their difference
-        convert=lambda state: np.concatenate([state[..., :6], (state[..., 6:7] - state[..., 7:8]) / 2], axis=-1),
+        # The plain mean, as the training code of the checkpoints takes it. LIBERO's fingers mirror each other (+q, -q), so it stays near 0
+        # and says little about the opening; half their difference would say more, but no checkpoint was trained on it.
+        convert=lambda state: np.concatenate([state[..., :6], (state[..., 6:7] + state[..., 7:8]) / 2], axis=-1),
     )
 )
 

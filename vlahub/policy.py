@@ -106,6 +106,11 @@ class Policy(nn.Module):
 
         `seeds` [B, 2] as in `sample`: the noise and time that a flow policy trains on."""
 
+    @abstractmethod
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Normalise by another dataset's statistics from here on: {"states": ..., "actions": ...}, each with mean, std, min, max, q01 and q99 in env units
+        (`vlahub.dataset.Dataset.statistics`)."""
+
     @torch.no_grad()
     def act(self, observation: Observation, deterministic: bool = True, seeds: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
         """Actions for inference: [T, D] for a single observation, [B, T, D] for a batch.
@@ -196,15 +201,18 @@ class Policy(nn.Module):
         """Files beside config and weights that from_config needs: the tokenizer, mostly."""
         return {}
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None, shard: str = "5GB") -> Path:
-        """Write config.json, model.safetensors (in shards where larger than `shard`), side files and README.md; `from_pretrained` reads them back."""
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, shard: str = "5GB", tensors: Mapping[str, torch.Tensor] | None = None) -> Path:
+        """Write config.json, model.safetensors (in shards where larger than `shard`), side files and README.md; `from_pretrained` reads them back.
+
+        `tensors` stands in for the state dict where the parameters themselves are sharded over ranks (`vlahub.checkpoint` gathers them)."""
         from huggingface_hub import save_torch_state_dict
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # parameters that are views of one block look like duplicates to the writer
         state = {
-            name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous() for name, tensor in self.state_dict().items()
+            name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
+            for name, tensor in (self.state_dict() if tensors is None else tensors).items()
         }
         save_torch_state_dict(state, folder, max_shard_size=shard)
         for name, data in self.side_files().items():

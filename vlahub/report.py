@@ -59,7 +59,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     state = "" if results["finished"] else '<span class="badge bad">unfinished</span>'
     return (
         f'<header><p class="over">vlahub evaluation {state}</p><h1>{html.escape(results["settings"]["policy"])}</h1>'
-        f'<p class="on">on <b>{html.escape(results["settings"]["env"])}</b></p>'
+        f'<p class="on">on <b>{html.escape(results["settings"]["env"])}</b>, assets: {html.escape(results["settings"]["assets"])}</p>'
         f'<div class="hero"><div class="rate">{percent(results["success_rate"])}</div><div class="grow">{bar(results["success_rate"], results["interval"])}'
         f"<p>{results['successes']} of {results['counted']} episodes solved; 95 % interval {low:.1f} to {high:.1f} % (Wilson)</p></div></div></header>"
     )
@@ -116,7 +116,8 @@ def _clips(clips: Sequence[Clip]) -> str:
         else:
             shown = f'<a href="{html.escape(clip.name)}"><img alt="last picture of episode {clip.episode}" src="{poster}"></a>'
         cells.append(
-            f'<figure>{shown}<figcaption>{badge} <b>episode {clip.episode}</b> {html.escape(clip.words)} <a href="{html.escape(clip.name)}">{html.escape(clip.name)}</a></figcaption></figure>'
+            f"<figure>{shown}<figcaption>{badge} <b>episode {clip.episode}</b> {html.escape(clip.words)} "
+            f'<a href="{html.escape(clip.name)}" title="{html.escape(clip.name)}">mp4</a></figcaption></figure>'
         )
     return f'<section><h2>Recorded episodes</h2><div class="clips">{"".join(cells)}</div></section>'
 
@@ -130,12 +131,12 @@ def _jpeg(picture: np.ndarray) -> str:
 def _episodes(results: Mapping[str, Any]) -> str:
     def outcome(episode: Mapping[str, Any]) -> str:
         if episode["aborted"]:
-            return f'<span class="badge">aborted</span> {html.escape(episode["aborted"])}'
+            return '<span class="badge">aborted</span>'
         return '<span class="badge good">solved</span>' if episode["success"] else '<span class="badge bad">not solved</span>'
 
     rows = "".join(
         f'<tr><td class="num">{episode["index"]}</td><td class="num">{episode["task"]}</td><td class="num">{episode["trial"]}</td><td class="num">{episode["seed"]}</td>'
-        f'<td>{outcome(episode)}</td><td class="num">{episode["length"]}</td><td class="num">{episode["return"]:.2f}</td><td>{html.escape(episode["instruction"])}</td></tr>'
+        f'<td>{outcome(episode)}</td><td class="num">{episode["length"]}</td><td class="num">{episode["return"]:.2f}</td><td>{html.escape(episode["instruction"])}<small>{html.escape(episode["aborted"])}</small></td></tr>'
         for episode in results["episodes"][:MOST_LISTED]
     )
     more = len(results["episodes"]) - MOST_LISTED
@@ -151,6 +152,7 @@ def _settings(results: Mapping[str, Any]) -> str:
         return "".join(
             f"<tr><th>{html.escape(str(name).replace('_', ' '))}</th><td>{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
             for name, value in record.items()
+            if value not in ("", None, {})
         )
 
     return (
@@ -206,10 +208,11 @@ th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: middle; }
 tbody tr:last-child td, tbody tr:last-child th { border-bottom: 0; }
 .num { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td small { display: block; color: var(--soft); }
 .wide { width: 24%; min-width: 140px; }
 .plain th { white-space: nowrap; vertical-align: top; }
 .plain td { overflow-wrap: anywhere; }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; }
 figure { margin: 0; }
 figure video, figure img { width: 100%; border-radius: 8px; background: #000; display: block; }
 figcaption { margin-top: 6px; font-size: 13px; color: var(--soft); }

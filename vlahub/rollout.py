@@ -104,9 +104,10 @@ class SeedStream:
         self.count = [0] * len(self.envs)  # episodes started per environment: the cursor that a checkpoint stores
 
     def next(self, env: int) -> int:
-        entropy = [self.seed, self.envs[env], self.count[env]]
+        # the spawn key keeps them apart from the seeds of evaluation episodes, which are drawn from three numbers as well
+        sequence = np.random.SeedSequence([self.seed, self.envs[env], self.count[env]], spawn_key=(1,))
         self.count[env] += 1
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # 31 bits, as vlahub.env.checked_seed wants
+        return int(sequence.generate_state(1)[0] >> 1)  # 31 bits, as vlahub.env.checked_seed wants
 
 
 class Collector:

@@ -134,6 +134,11 @@ def line(step: int, scalars: Mapping[str, float], seconds: float) -> str:
     return "  ".join(words)
 
 
+def table() -> str:
+    """METRICS as a Markdown table: docs/metrics.md."""
+    return "| name | meaning |\n|---|---|\n" + "".join(f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |\n" for name, meaning in METRICS.items())
+
+
 def check_name(name: str) -> None:
     base = name.replace("eval/", "env/", 1) if name.startswith("eval/") else name
     if not any(fnmatch.fnmatchcase(base, pattern) for pattern in METRICS):

@@ -14,6 +14,7 @@ The memory is an anonymous file: it has no name in /dev/shm, is not bound by the
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import pickle
@@ -27,7 +28,6 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 import gymnasium
@@ -40,10 +40,12 @@ from vlahub import catalog, worker
 from vlahub.catalog import EnvCard
 from vlahub.env import ChunkResult, checked_actions, checked_seed
 from vlahub.observation import Observation, space_of
-from vlahub.worker import Facts, Failure, Job, Layout, Reply, Setup
+from vlahub.simulation import Simulation
+from vlahub.worker import Channel, Facts, Failure, Job, Layout, Reply, Setup
 
 SLABS_PER_SLOT = 4  # one being written, one or two that the user holds, one to spare; untouched slabs cost no memory
 ATTEMPTS = 3  # failures of one env in a row, without a chunk that worked between them, after which the vector env gives up
+BUILDING = 600.0  # seconds that building one simulation may take, if `timeout` is not longer: imports, shaders, assets made on first use
 GRACE = 5.0  # seconds that a worker has to close its simulations before it is killed
 
 # One thread per worker: the workers share the cores already.
@@ -64,8 +66,9 @@ class Worker:
     def __init__(self, card: EnvCard, world: bytes, envs: range, num_envs: int, memory: int, timeout: float):
         self.card, self.world, self.envs, self.num_envs, self.memory, self.timeout = card, world, envs, num_envs, memory, timeout
         self.process: subprocess.Popen | None = None
-        self.connection: Connection | None = None
+        self.channel: Channel | None = None
         self.facts: Facts | None = None  # None until the process has built its simulations
+        self.broken: set[int] = set()  # envs whose simulation raised; the next reset builds it anew
         self.deadline = 0.0
         self.lost = ""  # why the last message could not be sent
 
@@ -73,16 +76,16 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), f"vlahub-worker-{self.envs.start}"],
+                [sys.executable, "-c", worker.BOOTSTRAP, str(theirs.fileno()), json.dumps(list(map(str, sys.path)))],
                 pass_fds=(theirs.fileno(), self.memory),
                 stdin=subprocess.DEVNULL,  # some simulators ask questions; nobody could answer
                 env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C goes to the parent alone, which then ends the workers
             )
-        self.connection, self.facts = Connection(ours.detach()), None
-        self.deadline = time.monotonic() + self.timeout * len(self.envs)
+        self.channel, self.facts, self.lost = Channel(ours), None, ""
+        self.broken.clear()
+        self.deadline = time.monotonic() + max(self.timeout, BUILDING) * len(self.envs)
         main = worker.main_module() if b"__main__" in self.world else None
-        self._send(sys.path)
         self._send(Setup(os.getpid(), self.memory, self.num_envs, self.envs, main, self.world))
 
     def post(self, slab: int, jobs: Mapping[int, Job]) -> None:
@@ -91,13 +94,16 @@ class Worker:
             self.start()
         # a process that is still building its simulations needs that time on top
         self.deadline = max(self.deadline, time.monotonic()) if self.facts is None else time.monotonic()
-        self.deadline += self.timeout * len(jobs)
+        rebuilt = {env for env in self.broken if env in jobs and jobs[env].kind == "reset"}
+        self.broken -= rebuilt
+        self.deadline += self.timeout * len(jobs) + BUILDING * len(rebuilt)
         self._send((slab, jobs))
 
     def _send(self, message: Any) -> None:
+        self.channel.socket.settimeout(self.timeout)
         try:
-            self.connection.send(message)
-        except (BrokenPipeError, ConnectionError) as error:
+            self.channel.send(message)
+        except OSError as error:
             self.lost = str(error)  # told when the answer is asked for
 
     def ready(self) -> Facts | Failure:
@@ -115,27 +121,27 @@ class Worker:
         ready = self.ready()
         if isinstance(ready, Failure):
             return {env: Reply(failure=ready) for env in jobs}
-        return self._receive()
+        replies = self._receive()
+        self.broken |= {env for env, reply in replies.items() if reply.failure is not None}
+        return replies
 
     def _receive(self) -> Any:
-        try:
-            while not self.lost and not self.connection.poll(min(1.0, max(0.0, self.deadline - time.monotonic()))):
-                # a dead process whose own children hold the socket open gives no end of file
-                if self.process.poll() is not None and not self.connection.poll():
-                    self.lost = "it died"
-                elif time.monotonic() >= self.deadline:
-                    self.lost = f"it gave no answer within timeout={self.timeout:g} seconds per env and was killed"
-                    self.kill()
-            if not self.lost:
-                return self.connection.recv()
-        except (EOFError, ConnectionError, pickle.UnpicklingError):
-            self.lost = "it died"
-        if self.process is not None:
+        while not self.lost:
+            # An answer that is there counts even if it is fetched late, after the deadline of another worker was waited for
+            remaining = self.deadline - time.monotonic()
             try:
-                self.process.wait(1.0)  # its socket may close a moment before its exit status is known
-            except subprocess.TimeoutExpired:
-                pass
-            status = self.process.poll()
+                self.channel.socket.settimeout(min(1.0, max(remaining, 0.001)))
+                return self.channel.receive()
+            except TimeoutError:
+                if self.process.poll() is not None:  # a dead process whose own children hold the socket open gives no end of file
+                    self.lost = "it died"
+                elif remaining <= 0:
+                    self.kill()
+                    self.lost = f"it gave no answer in time (timeout={self.timeout:g} seconds per env) and was killed"
+            except (EOFError, OSError):
+                self.lost = "it died"
+        if self.process is not None:
+            status = _wait(self.process, 1.0)  # its socket may close a moment before its exit status is known
             self.kill()
             if status is not None and status < 0:
                 self.lost = f"it was killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
@@ -145,23 +151,28 @@ class Worker:
 
     def hang_up(self) -> None:
         """Ask the process to close its simulations and leave."""
-        if self.connection is not None:
-            self.connection.close()
+        if self.channel is not None:
+            self.channel.socket.close()
 
     def kill(self, grace: float = 0.0) -> None:
         """End the process, and whatever it started, after `grace` seconds at the latest."""
         self.hang_up()
         if self.process is not None:
-            try:
-                self.process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
+            _wait(self.process, grace)
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.wait()
-        self.process = self.connection = self.facts = None
+            _wait(self.process, GRACE)  # a process that is stuck in a driver ends when the driver lets it
+        self.process = self.channel = self.facts = None
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit status, or None if the process has not ended by then."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def shut_down(workers: Sequence[Worker], memory: int, owner: int) -> None:
@@ -188,7 +199,89 @@ class Exchange:
     slab: int = -1  # chosen when it begins
 
 
-class VectorEnv(gymnasium.vector.VectorEnv):
+class BaseVectorEnv(gymnasium.vector.VectorEnv):
+    """What every vector env of vlahub does alike: checked arguments, slots, seeds, spaces. A natively batched family starts from this class.
+
+    It calls `_set_up` first and `_describe` once it knows its world, and sets `_started` in its first reset.
+    """
+
+    def _set_up(self, num_envs: int, slots: int, render_mode: str | None, autoreset_mode: AutoresetMode | str) -> None:
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
+        for name, value in (("num_envs", num_envs), ("slots", slots)):
+            _whole(name, value)
+        if slots > num_envs:
+            raise ValueError(f"slots={slots} needs at least as many envs, but num_envs={num_envs}")
+        self.num_envs, self.slots, self.render_mode = int(num_envs), int(slots), render_mode
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self._slots = [range(part[0], part[-1] + 1) for part in np.array_split(range(num_envs), slots)]
+        self._generators = [seeding.np_random()[0] for _ in range(self.num_envs)]  # per env: the seeds of unseeded resets
+        self._next_seeds: list[int | None] = [None] * self.num_envs  # drawn, not yet used
+        self._pending: dict[int, Any] = {}  # by slot, what `send` started
+        self._started = False  # has any env been reset?
+
+    def _describe(self, world: Facts | Simulation) -> None:
+        self.interface, self.max_steps, self.tasks, self.trials, self.assets = world.interface, world.max_steps, world.tasks, world.trials, world.assets
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": round(self.interface.control_hz or 20),
+            "autoreset_mode": self.autoreset_mode,
+        }
+        self.single_observation_space = space_of(self.interface)
+        self.single_action_space = self.interface.action_space()
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def slot_envs(self, slot: int) -> range:
+        """The envs of a slot."""
+        if isinstance(slot, bool) or not isinstance(slot, (int, np.integer)) or not 0 <= slot < len(self._slots):
+            raise ValueError(f"slot must be a whole number from 0 to {len(self._slots) - 1}, not {slot!r}; the number of slots is an argument of the env")
+        return self._slots[slot]
+
+    def _idle(self, slot: int | None, where: str) -> range:
+        """The envs of a slot, or all; none of them may be under way."""
+        if self.closed:
+            raise gymnasium.error.ClosedEnvironmentError(f"{where}() after close(): make a new environment")
+        rows = range(self.num_envs) if slot is None else self.slot_envs(slot)
+        busy = sorted(self._pending if slot is None else self._pending.keys() & {slot})
+        if busy:
+            raise gymnasium.error.AlreadyPendingCallError(f"{where}() while slot {busy[0]} is under way: call recv({busy[0]}) first", "send")
+        return rows
+
+    def _checked_chunks(self, actions: Any, rows: range, where: str) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+        """Actions as `step_chunk` takes them -> per row a chunk [n, D] within bounds, and how many numbers were clipped."""
+        if not self._started:
+            raise gymnasium.error.ResetNeeded(f"call reset() before {where}()")
+        if isinstance(actions, (list, tuple)):
+            if len(actions) != len(rows):
+                raise ValueError(f"{where}: {len(actions)} chunks of actions for {len(rows)} envs")
+            empty = np.zeros((0, *self.single_action_space.shape), np.float32), np.int64(0)
+            checked = [
+                empty if chunk is None or np.size(chunk) == 0 else checked_actions(chunk, self.single_action_space, (), f"{where}, env {env}")
+                for env, chunk in zip(rows, actions, strict=True)
+            ]
+            return [chunk for chunk, _ in checked], [count for _, count in checked]
+        return checked_actions(actions, self.single_action_space, (len(rows),), where)
+
+    def _seeds(self, seed: Any, rows: range) -> list[int | None]:
+        if seed is None:
+            return [None] * len(rows)
+        if isinstance(seed, (list, tuple, np.ndarray)):
+            if len(seed) != len(rows):
+                raise ValueError(f"seed has {len(seed)} entries for {len(rows)} envs")
+            return [None if one is None else checked_seed(one) for one in seed]
+        return [checked_seed(checked_seed(seed) + env) for env in rows]
+
+    def _seed(self, env: int, seed: int | None = None) -> int:
+        """The seed of the env's next episode: the one given, which restarts its generator, or one that the generator draws."""
+        drawn, self._next_seeds[env] = self._next_seeds[env], None
+        if seed is not None:
+            self._generators[env] = seeding.np_random(seed)[0]
+            return seed
+        return int(self._generators[env].integers(2**31)) if drawn is None else drawn
+
+
+class VectorEnv(BaseVectorEnv):
     """Copies of one environment in worker processes. `gym.make_vec("vlahub/...")` returns this class.
 
     Beyond Gymnasium's methods:
@@ -210,7 +303,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         workers: processes; at most one per env. By default as many as there are cores, for every slot. A worker with several envs steps them in turn, and
             if it is lost, so are all its episodes: give `workers=num_envs` to simulations that are likely to crash.
         slots: equal parts that `send` and `recv` treat apart; 2 lets a policy infer on one half while the other half simulates.
-        timeout: seconds that a worker may take to build, reset or run one env; after that it counts as hung and is replaced.
+        timeout: seconds that a worker may take to reset or run one env; after that it counts as hung and is replaced. Building takes longer and has ten
+            minutes.
         autoreset_mode: Gymnasium's; in `step_chunk` a finished env runs nothing until it is reset, and no mode runs past an episode's end.
         options: of the simulation.
     """
@@ -235,21 +329,13 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                 "put that part under `if __name__ == '__main__':`, or the environment into a module of its own"
             )
         self.card = catalog.env_card(card) if isinstance(card, str) else card
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-        for name, value in (("num_envs", num_envs), ("slots", slots), *([("workers", workers)] if workers is not None else [])):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if slots > num_envs:
-            raise ValueError(f"slots={slots} needs at least as many envs, but num_envs={num_envs}")
+        self._set_up(num_envs, slots, render_mode, autoreset_mode)
+        if workers is not None:
+            _whole("workers", workers)
         if workers is not None and workers < slots:
             raise ValueError(f"workers={workers} is too few for slots={slots}: a worker serves one slot")
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        self.num_envs, self.slots, self.render_mode = int(num_envs), int(slots), render_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-
-        self._slots = [range(part[0], part[-1] + 1) for part in np.array_split(range(num_envs), slots)]
         shares = [len(part) for part in np.array_split(range(workers or _cores() * slots), slots)]  # workers of each slot
         groups = [np.array_split(rows, min(share, len(rows))) for rows, share in zip(self._slots, shares, strict=True)]
         world = pickle.dumps((self.card, options, max_steps))
@@ -265,30 +351,17 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         except BaseException:
             self._finalizer()
             raise
-        self.interface, self.max_steps, self.tasks, self.trials, self.assets = facts.interface, facts.max_steps, facts.tasks, facts.trials, facts.assets
+        self._describe(facts)
         self._layout = Layout(self.interface, self.num_envs)
         slabs = SLABS_PER_SLOT * slots
         os.ftruncate(memory, slabs * self._layout.size)
         self._memory = mmap.mmap(memory, slabs * self._layout.size)
         self._free = list(range(slabs))
 
-        self.metadata = {
-            "render_modes": ["rgb_array"],
-            "render_fps": round(self.interface.control_hz or 20),
-            "autoreset_mode": self.autoreset_mode,
-        }
-        self.single_observation_space = space_of(self.interface)
-        self.single_action_space = self.interface.action_space()
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-
-        self._generators = [seeding.np_random()[0] for _ in range(self.num_envs)]  # per env: the seeds of unseeded resets
-        self._next_seeds: list[int | None] = [None] * self.num_envs  # drawn, not yet used
         self._over = np.ones(self.num_envs, bool)  # no episode runs
         self._shown = np.zeros(self.num_envs, bool)  # the worker has an observation
         self._lost: dict[int, str] = {}  # episodes lost outside a chunk, to be reported by the next one
         self._failures = np.zeros(self.num_envs, int)  # in a row
-        self._pending: dict[int, Exchange] = {}  # by slot
         self.closed = False
 
     def _build(self) -> Facts:
@@ -320,22 +393,23 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         Args:
             seed: an int s gives env i the seed s + i; a list gives each its own, None for a drawn one. Without a seed, every env draws from the generator
                 that its own last seed started. info["seed"] says which seeds were used.
-            options: `reset_mask`, bool [B], resets some envs only. Every other option goes to the simulations: a list, tuple or array has one value per env.
+            options: `reset_mask`, bool [B], resets some envs only. Every other option goes to the simulations: a list, tuple or array has one value per env
+                (None: this env goes without the option), anything else is for all.
             slot: reset within this slot only (masks, lists and the observation are of its size); the other slots may be under way.
         """
         rows = self._idle(slot, "reset")
         options = dict(options or {})
-        mask = _mask(options.pop("reset_mask", True), len(rows), "options['reset_mask']")
+        mask = checked_mask(options.pop("reset_mask", True), len(rows), "options['reset_mask']")
         if not mask.any():
             raise ValueError("options['reset_mask'] selects no env")
         seeds = self._seeds(seed, rows)
-        per_env = _per_env(options, len(rows))
+        each = per_env(options, len(rows))
         if isinstance(seed, (int, np.integer)):
             super().reset(seed=int(seed))
         jobs: dict[int, Job] = {}
         for row, env in enumerate(rows):
             if mask[row]:
-                jobs[env] = Job("reset", seed=self._seed(env, seeds[row]), options=per_env[row])
+                jobs[env] = Job("reset", seed=self._seed(env, seeds[row]), options=each[row])
             elif self._shown[env]:
                 jobs[env] = Job("repeat")
         exchange = self._begin(Exchange(rows, jobs))
@@ -359,7 +433,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         if self.render_mode is None:
             return None
         rows = self._idle(None, "render")
-        wanted = _mask(True if mask is None else mask, self.num_envs, "mask") & self._shown
+        wanted = checked_mask(True if mask is None else mask, self.num_envs, "mask") & self._shown
         return tuple(self._ask("render", [env for env in rows if wanted[env]], rows))
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -391,12 +465,6 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             raise gymnasium.error.NoAsyncCallError(f"recv({slot}) without a send to slot {slot}", "send")
         return self._finish(self._pending.pop(slot))
 
-    def slot_envs(self, slot: int) -> range:
-        """The envs of a slot."""
-        if isinstance(slot, bool) or not isinstance(slot, (int, np.integer)) or not 0 <= slot < len(self._slots):
-            raise ValueError(f"slot must be a whole number from 0 to {len(self._slots) - 1}, not {slot!r}; the number of slots is an argument of the env")
-        return self._slots[slot]
-
     def expert_actions(self, slot: int | None = None) -> list[np.ndarray | None]:
         """What each env's scripted expert does next: chunks [n, D], n differing, as `step_chunk` takes them; None where no episode runs."""
         rows = self._idle(slot, "expert_actions")
@@ -406,20 +474,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int) -> Exchange:
         """Check the arguments and start the chunk."""
-        if not self._shown.any() and not self._lost:
-            raise gymnasium.error.ResetNeeded(f"call reset() before {where}()")
-        if isinstance(actions, (list, tuple)):
-            if len(actions) != len(rows):
-                raise ValueError(f"{where}: {len(actions)} chunks of actions for {len(rows)} envs")
-            empty = np.zeros((0, *self.single_action_space.shape), np.float32), np.int64(0)
-            checked = [
-                empty if chunk is None or len(chunk) == 0 else checked_actions(chunk, self.single_action_space, (), f"{where}, env {env}")
-                for env, chunk in zip(rows, actions, strict=True)
-            ]
-            chunks, clipped = [chunk for chunk, _ in checked], [count for _, count in checked]
-        else:
-            chunks, clipped = checked_actions(actions, self.single_action_space, (len(rows),), where)
-        recorded = _mask(False if record is None else record, len(rows), "record")
+        chunks, clipped = self._checked_chunks(actions, rows, where)
+        recorded = checked_mask(False if record is None else record, len(rows), "record")
         if record_every < 1:
             raise ValueError(f"record_every must be at least 1, not {record_every}")
 
@@ -434,9 +490,10 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             elif self._over[env] and self.autoreset_mode is AutoresetMode.NEXT_STEP:
                 jobs[env] = Job("reset", seed=self._seed(env))
             elif not self._over[env] and len(chunks[row]):
-                jobs[env] = Job("run", actions=chunks[row], record_every=record_every if recorded[row] else 0)
+                next_seed = None
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
-                    jobs[env].next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
+                    next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
+                jobs[env] = Job("run", actions=chunks[row].tobytes(), next_seed=next_seed, record_every=record_every if recorded[row] else 0)
             elif self._shown[env]:
                 jobs[env] = Job("repeat")
         clips = {env: int(clipped[row]) for row, env in enumerate(rows) if clipped[row]}
@@ -458,9 +515,9 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
                     infos[row].update(final_obs=self._nothing(), final_info={"aborted": True})
             elif reply.outcome is not None:
-                *outcome, length[row] = reply.outcome
-                for batch, one in zip((reward, terminated, truncated), outcome, strict=True):
-                    batch[row, : len(one)] = one
+                ran = length[row] = reply.outcome.length
+                reward[row, :ran] = np.frombuffer(reply.outcome.reward, np.float32)
+                terminated[row, ran - 1], truncated[row, ran - 1] = reply.outcome.terminated, reply.outcome.truncated
                 if reply.final is not None:
                     final_obs, final_info = reply.final
                     infos[row].update(final_obs=final_obs, final_info=final_info)
@@ -469,16 +526,6 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         return ChunkResult(self._observation(exchange, replies), reward, terminated, truncated, length, collate(infos, shape[0]))
 
     # Between the parent and its workers
-
-    def _idle(self, slot: int | None, where: str) -> range:
-        """The envs of a slot, or all; none of them may be under way."""
-        if self.closed:
-            raise gymnasium.error.ClosedEnvironmentError(f"{where}() after close(): make a new environment")
-        rows = range(self.num_envs) if slot is None else self.slot_envs(slot)
-        busy = sorted(self._pending if slot is None else self._pending.keys() & {slot})
-        if busy:
-            raise gymnasium.error.AlreadyPendingCallError(f"{where}() while slot {busy[0]} is under way: call recv({busy[0]}) first", "send")
-        return rows
 
     def _begin(self, exchange: Exchange) -> Exchange:
         exchange.slab = self._free.pop()
@@ -539,10 +586,11 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             if job.kind == "reset" or reply.final is not None:
                 self._over[env], self._shown[env] = False, True
                 self._lost.pop(env, None)
+                self._started = True
                 if reply.final is not None:
                     self._next_seeds[env] = None
             elif reply.outcome is not None:
-                self._over[env] = (reply.outcome[1] | reply.outcome[2]).any()
+                self._over[env] = reply.outcome.terminated or reply.outcome.truncated
             if reply.outcome is not None:
                 self._failures[env] = 0
             return None
@@ -618,27 +666,10 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _nothing(self) -> Observation:
         """The observation of an env without an episode."""
-        zeros = {key: np.zeros(shape[1:], dtype) for key, dtype, shape, _ in self._layout.blocks}
+        zeros = {key: np.zeros(shape[1:], dtype) for key, dtype, shape, *_ in self._layout.blocks}
         return {**zeros, "task_descriptions": ""}
 
     # Seeds
-
-    def _seeds(self, seed: Any, rows: range) -> list[int | None]:
-        if seed is None:
-            return [None] * len(rows)
-        if isinstance(seed, (list, tuple, np.ndarray)):
-            if len(seed) != len(rows):
-                raise ValueError(f"seed has {len(seed)} entries for {len(rows)} envs")
-            return [None if one is None else checked_seed(one) for one in seed]
-        return [checked_seed(checked_seed(seed) + env) for env in rows]
-
-    def _seed(self, env: int, seed: int | None = None) -> int:
-        """The seed of the env's next episode: the one given, which restarts its generator, or one that the generator draws."""
-        drawn, self._next_seeds[env] = self._next_seeds[env], None
-        if seed is not None:
-            self._generators[env] = seeding.np_random(seed)[0]
-            return seed
-        return int(self._generators[env].integers(2**31)) if drawn is None else drawn
 
     def __reduce__(self) -> Any:
         raise TypeError("a vector env owns processes and cannot be copied or pickled: make it where it is used")
@@ -664,7 +695,12 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _mask(mask: Any, count: int, name: str) -> np.ndarray:
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def checked_mask(mask: Any, count: int, name: str) -> np.ndarray:
     """bool [count] of a mask or of one bool for all."""
     mask = np.asarray(mask)
     if mask.dtype != bool:
@@ -674,7 +710,7 @@ def _mask(mask: Any, count: int, name: str) -> np.ndarray:
     return np.broadcast_to(mask, count)
 
 
-def _per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """Reset options -> those of each env."""
     each: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in options.items():
@@ -685,7 +721,8 @@ def _per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         else:
             values = [value] * count
         for one, its_value in zip(each, values, strict=True):
-            one[name] = its_value
+            if its_value is not None:
+                one[name] = its_value
     return each
 
 
@@ -701,11 +738,13 @@ def collate(infos: Mapping[int, Mapping[str, Any]], count: int) -> dict[str, Any
 
 
 def _column(values: Mapping[int, Any], count: int, key: str) -> Any:
-    some: Sequence[Any] = list(values.values())
-    if key != "final_obs" and all(isinstance(value, Mapping) for value in some):  # Gymnasium keeps final_obs as one dict per env
+    some = list(values.values())
+    kinds = set(map(type, some))
+    if len(kinds) == 1 and kinds <= {bool, int, float} and len(some) == count:  # the usual case, quickly
+        return np.array(some)
+    if key != "final_obs" and all(issubclass(kind, Mapping) for kind in kinds):  # Gymnasium keeps final_obs as one dict per env
         return collate(values, count)
-    numbers = all(isinstance(value, (bool, int, float, np.number, np.bool_, np.ndarray)) for value in some)
-    if numbers and len({np.shape(value) for value in some}) == 1:
+    if all(issubclass(kind, (bool, int, float, np.number, np.bool_, np.ndarray)) for kind in kinds) and len(set(map(np.shape, some))) == 1:
         stacked = np.stack([np.asarray(value) for value in some])
         column = np.zeros((count, *stacked.shape[1:]), stacked.dtype)
         column[list(values)] = stacked

@@ -1,4 +1,4 @@
-"""mp4 without a system ffmpeg, and the strip under each picture that says what happens in it.
+"""mp4 without a system ffmpeg, and the strip over each picture that says what happens in it.
 
 frames = [caption(picture, "click the bell", "step 12   reward 0.00")]
 save("click.mp4", encode(frames, fps=25))
@@ -16,16 +16,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LEAST_WIDTH = 320  # narrower pictures are enlarged by a whole factor, so that the caption can be read
-TEXT_SIZE = 13
+LEAST_TEXT = 13  # pixels; wide pictures get larger letters, because they are shown smaller
 MARGIN = 6
 INK = {"plain": (235, 235, 235), "good": (110, 220, 130), "bad": (250, 130, 120)}
 
 
 def caption(picture: np.ndarray, instruction: str, status: str, mood: str = "plain") -> np.ndarray:
-    """A picture [H, W, 3] with a strip below it: the status line in the colour of `mood` ("plain", "good", "bad") and the instruction.
+    """A picture [H, W, 3] with a strip on top of it: the status line in the colour of `mood` ("plain", "good", "bad") and the instruction.
 
-    The strip stands below and not across, so that nothing of the scene is hidden. Its height depends on the instruction and the width only,
-    hence all pictures of an episode come out at the same size. Both sides of the result are even, as H.264 wants them.
+    The strip is added and does not cover the scene; it stands above, because browsers lay their controls over the lower edge. Its height depends on the
+    instruction and the width only, hence all pictures of an episode come out at the same size. Both sides are even, as H.264 wants them.
     """
     picture = np.asarray(picture)
     if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
@@ -34,14 +34,16 @@ def caption(picture: np.ndarray, instruction: str, status: str, mood: str = "pla
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = picture.shape[:2]
 
-    font = ImageFont.load_default(TEXT_SIZE)
+    size = max(LEAST_TEXT, width // 30)
+    font = ImageFont.load_default(size)
     lines = [status, *_wrap(instruction, font, width - 2 * MARGIN)]
-    line_height = TEXT_SIZE + 4
-    canvas = Image.new("RGB", (width, height + len(lines) * line_height + 2 * MARGIN), (20, 20, 20))
-    canvas.paste(Image.fromarray(picture), (0, 0))
+    line_height = size + 4
+    strip = len(lines) * line_height + 2 * MARGIN
+    canvas = Image.new("RGB", (width, strip + height), (20, 20, 20))
+    canvas.paste(Image.fromarray(picture), (0, strip))
     draw = ImageDraw.Draw(canvas)
     for i, line in enumerate(lines):
-        draw.text((MARGIN, height + MARGIN + i * line_height), line, font=font, fill=INK[mood] if i == 0 else INK["plain"])
+        draw.text((MARGIN, MARGIN + i * line_height), line, font=font, fill=INK[mood] if i == 0 else INK["plain"])
     return even(np.asarray(canvas))
 
 
@@ -98,9 +100,9 @@ def save(path: str | Path, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)  # a disk that ran full gets its space back
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file by itself
     return path
 
 

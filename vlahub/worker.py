@@ -12,6 +12,7 @@ import mmap
 import os
 import pickle
 import runpy
+import socket
 import sys
 import threading
 import time
@@ -19,8 +20,7 @@ import traceback
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -31,13 +31,38 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, space_of
 from vlahub.simulation import Expert, Simulation
 
-# Run by `python -c`. The parent's sys.path comes first, because it says where vlahub and the simulation are to be imported from.
-BOOTSTRAP = (
-    "import sys; from multiprocessing.connection import Connection; parent = Connection(int(sys.argv[1])); sys.path[:] = parent.recv(); "
-    "from vlahub.worker import serve; serve(parent)"
-)
+# Run by `python -c` with a socket's number and the parent's sys.path, which says where vlahub and the simulation are to be imported from.
+BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from vlahub.worker import serve; serve(int(sys.argv[1]))"
 
 serving = False  # True in a worker process
+
+
+class Channel:
+    """Pickled messages over a socket, with one system call for each message of usual size: at small chunks these calls are what the engine costs."""
+
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self.received = bytearray()  # not yet taken
+
+    def send(self, message: Any) -> None:
+        data = pickle.dumps(message, protocol=5)
+        self.socket.sendall(len(data).to_bytes(8, "little") + data)
+
+    def receive(self) -> Any:
+        """The next message. Raises EOFError if the other side is gone, TimeoutError after the socket's timeout; what has arrived by then is kept."""
+        missing = 8
+        while True:
+            if len(self.received) >= 8:
+                end = 8 + int.from_bytes(self.received[:8], "little")
+                missing = end - len(self.received)
+                if missing <= 0:
+                    message = pickle.loads(memoryview(self.received)[8:end])
+                    self.received = self.received[end:]
+                    return message
+            data = self.socket.recv(min(max(missing, 2**14), 2**20))
+            if not data:
+                raise EOFError
+            self.received += data
 
 
 @dataclass
@@ -63,25 +88,32 @@ class Facts:
     assets: str
 
 
-@dataclass
-class Job:
+class Job(NamedTuple):
     """One request to one env."""
 
     kind: Literal["reset", "run", "repeat", "render", "expert"]  # repeat: write the last observation again, without drawing it anew
     seed: int = 0  # reset
     options: Mapping[str, Any] | None = None  # reset
-    actions: np.ndarray | None = None  # run: [n, D]
+    actions: bytes = b""  # run: float32 [n, D]; bytes, because arrays take several times as long to pickle
     next_seed: int | None = None  # run: if the episode ends, start the next one with this seed
     record_every: int = 0  # run: a frame after every so many control steps; 0: none
 
 
-@dataclass
-class Reply:
+class Outcome(NamedTuple):
+    """What `run` did."""
+
+    reward: bytes  # float32 [length]
+    terminated: bool  # at the last step run, ...
+    truncated: bool  # ... the only one at which an episode can end
+    length: int
+
+
+class Reply(NamedTuple):
     """The answer to one Job; what does not apply is None. `failure` is set if the job raised."""
 
     instruction: str | None = None  # the text of the observation whose arrays were written
     info: dict[str, Any] | None = None
-    outcome: tuple[np.ndarray, np.ndarray, np.ndarray, int] | None = None  # run: reward [n], terminated [n], truncated [n], length
+    outcome: Outcome | None = None  # run
     final: tuple[Observation, dict[str, Any]] | None = None  # run: the end of the old episode, if a next one was started
     value: Any = None  # render: a picture; expert: actions
     failure: Failure | None = None
@@ -121,19 +153,20 @@ class Layout:
     """How a batch of observations lies in shared memory: one block per key, in `slabs` of one batch each."""
 
     def __init__(self, interface: Interface, num_envs: int):
-        self.blocks: list[tuple[str, np.dtype, tuple[int, ...], int]] = []  # key, dtype, shape with the batch dimension, offset
+        self.blocks: list[tuple[str, np.dtype, tuple[int, ...], int, int]] = []  # key, dtype, shape with the batch dimension, size, offset
         offset = 0
         for key, space in space_of(interface).items():
             if not isinstance(space, spaces.Box):
                 continue  # text travels beside
             shape = (num_envs, *space.shape)
-            self.blocks.append((key, space.dtype, shape, offset))
-            offset += -(-int(np.prod(shape)) * space.dtype.itemsize // 64) * 64  # whole cache lines
+            count = int(np.prod(shape))
+            self.blocks.append((key, space.dtype, shape, count, offset))
+            offset += -(-count * space.dtype.itemsize // 64) * 64  # whole cache lines
         self.size = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE  # of one slab
 
-    def arrays(self, buffer: Any, offset: int = 0) -> dict[str, np.ndarray]:
-        """Views [B, ...] of the slab that starts at `offset` in `buffer`."""
-        return {key: np.frombuffer(buffer, dtype, int(np.prod(shape)), offset + start).reshape(shape) for key, dtype, shape, start in self.blocks}
+    def arrays(self, buffer: Any, start: int = 0) -> dict[str, np.ndarray]:
+        """Views [B, ...] of the slab that starts at `start` in `buffer`."""
+        return {key: np.frombuffer(buffer, dtype, count, start + offset).reshape(shape) for key, dtype, shape, count, offset in self.blocks}
 
 
 class Resident:
@@ -188,7 +221,9 @@ class Resident:
             if steps % job.record_every == 0:
                 frames.append(np.array(self.simulation.render()))
 
-        reward, terminated, truncated, length, info = self.episode.run(job.actions, watch if job.record_every else None)
+        actions = np.frombuffer(job.actions, np.float32).reshape(-1, self.simulation.interface.action_dim).copy()  # writable
+        reward, terminated, truncated, length, info = self.episode.run(actions, watch if job.record_every else None)
+        outcome = Outcome(reward[:length].tobytes(), bool(terminated[length - 1]), bool(truncated[length - 1]), length)
         if job.record_every:
             info["frames"] = frames
         self._look()
@@ -196,7 +231,7 @@ class Resident:
         if self.episode.done and job.next_seed is not None:
             final = ({key: value if isinstance(value, str) else np.array(value) for key, value in self.seen.items()}, info)
             info = self._reset(job.next_seed, {})
-        return Reply(self._show(rows), info, (reward, terminated, truncated, length), final)
+        return Reply(self._show(rows), info, outcome, final)
 
     def _look(self) -> None:
         self.seen = self.simulation.observe()  # stays valid until the next observe, so that `repeat` needs no copy
@@ -230,48 +265,59 @@ class Resident:
             traceback.print_exc()  # the process is about to end, or the simulation to be replaced: worth telling, not worth failing
 
 
-def serve(parent: Connection) -> None:
+def serve(connection: int) -> None:
     """Life of a worker: set up, work off lists of jobs, and leave when the parent closes the socket or is gone."""
     global serving
     serving = True
-    faulthandler.enable()  # a segmentation fault in a simulator then says where
-    setup: Setup = parent.recv()
-    threading.Thread(target=_leave_with, args=(setup.parent,), daemon=True).start()
+    faulthandler.enable()  # a segmentation fault in a simulation then says where
+    parent = Channel(socket.socket(fileno=connection))
     residents: dict[int, Resident] = {}
+    try:
+        setup: Setup = parent.receive()
+        threading.Thread(target=_leave_with, args=(setup.parent,), daemon=True).start()
+        if _build(setup, residents, parent):
+            _work(setup, residents, parent)
+    except (EOFError, ConnectionError):  # the parent closed the socket, or died
+        pass
+    for resident in residents.values():
+        resident.close()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it is gone
+            pass
+    os._exit(0)  # the simulations are closed; simulators' own exit handlers are known to crash
+
+
+def _build(setup: Setup, residents: dict[int, Resident], parent: Channel) -> bool:
     try:
         if setup.main:
             _import_main(*setup.main)
         card, options, max_steps = pickle.loads(setup.world)
         for env in setup.envs:
             residents[env] = Resident(card, options, max_steps)
+        episode = residents[setup.envs[0]].episode
+        world = episode.simulation
+        facts = Facts(world.interface, episode.max_steps, world.tasks, world.trials, world.assets)
     except (Exception, SystemExit) as error:
         parent.send(Failure.of(error))
-    else:
-        first = residents[setup.envs[0]]
-        simulation = first.simulation
-        parent.send(Facts(simulation.interface, first.episode.max_steps, simulation.tasks, simulation.trials, simulation.assets))
-        try:
-            _work(parent, setup, residents)
-        except (EOFError, ConnectionError):  # the parent closed the socket, or died
-            pass
-    for resident in residents.values():
-        resident.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the simulations are closed; simulators' own exit handlers are known to crash
+        return False
+    parent.send(facts)
+    return True
 
 
-def _work(parent: Connection, setup: Setup, residents: Mapping[int, Resident]) -> None:
+def _work(setup: Setup, residents: Mapping[int, Resident], parent: Channel) -> None:
     layout = Layout(residents[setup.envs[0]].simulation.interface, setup.num_envs)
     memory: mmap.mmap | None = None
-    slabs: dict[int, dict[str, np.ndarray]] = {}
+    slabs: dict[int, dict[int, dict[str, np.ndarray]]] = {}  # slab -> env -> key -> its place
     while True:
-        slab, jobs = parent.recv()
+        slab, jobs = parent.receive()
         if memory is None:
             memory = mmap.mmap(setup.memory, 0)  # 0: all of it
         if slab not in slabs:
-            slabs[slab] = layout.arrays(memory, slab * layout.size)
-        parent.send({env: residents[env].do(job, {key: array[env] for key, array in slabs[slab].items()}) for env, job in jobs.items()})
+            arrays = layout.arrays(memory, slab * layout.size)
+            slabs[slab] = {env: {key: array[env] for key, array in arrays.items()} for env in setup.envs}
+        parent.send({env: residents[env].do(job, slabs[slab][env]) for env, job in jobs.items()})
 
 
 def _leave_with(parent: int) -> None:

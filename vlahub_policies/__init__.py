@@ -1,3 +1,4 @@
 """Policy families, one readable file each; `parts/` holds what they truly share."""
 
-from vlahub_policies import pi0_cards  # noqa: F401  registers pi0 and dexbotic with their known checkpoints
+# each registers its families with their known checkpoints
+from vlahub_policies import openvla_oft_cards, pi0_cards, qwen_cards  # noqa: F401

@@ -28,9 +28,10 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, batch_size, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
 from vlahub_policies.parts import aloha, capture, flow, images, lora, randomness, text
-from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack, rotation, unpack
+from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack, rotation
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
+from vlahub_policies.parts.packing import unpack
 from vlahub_policies.parts.robots import LIBERO
 
 # Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled,

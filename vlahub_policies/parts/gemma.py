@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlahub_policies.parts.packing import joined, lay_out
+
 # What "may not attend" adds to a score: finite, so that the row of a padded token becomes uniform instead of NaN.
 MASKED = -2.3819763e38
 
@@ -50,39 +52,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     return out.transpose(1, 2).reshape(batch, length, heads * size)
 
 
-def joined(first: nn.Linear) -> list[torch.Tensor] | None:
-    """(weight, bias) of several layers as one, if `pack` laid them out so and no gradient is wanted (it would not reach the parameters)."""
-    return None if torch.is_grad_enabled() else getattr(first, "packed", None)
-
-
 def pack(module: nn.Module) -> None:
-    """Lay out q/k/v and gate/up matrices of every attention and MLP behind one another in memory, once, for inference.
-
-    The parameters stay what they are (same names, trainable, saved apart); they become views of one block, so that changing them in place changes the block.
-    Whoever replaces them (a move to another device or dtype) has to call `unpack` first.
-    """
+    """q/k/v and gate/up matrices of every attention and MLP as one block each, for inference."""
     for part in module.modules():
         groups = {Attention: ("q_proj", "k_proj", "v_proj"), GatedMLP: ("gate_proj", "up_proj")}.get(type(part))
-        layers = [getattr(part, name) for name in groups or ()]
-        if not layers or any(type(layer) is not nn.Linear for layer in layers) or hasattr(layers[0], "packed"):
-            continue
-        blocks = []
-        for kind in ("weight", "bias"):
-            tensors = [getattr(layer, kind) for layer in layers]
-            if tensors[0] is None:
-                blocks.append(None)
-                continue
-            block = torch.cat([tensor.data for tensor in tensors])
-            for tensor, view in zip(tensors, block.split([len(tensor) for tensor in tensors]), strict=True):
-                tensor.data = view
-            blocks.append(block)
-        layers[0].packed = blocks
-
-
-def unpack(module: nn.Module) -> None:
-    for part in module.modules():
-        if hasattr(part, "packed"):
-            del part.packed
+        if groups:
+            lay_out([getattr(part, name) for name in groups])
 
 
 class Attention(nn.Module):

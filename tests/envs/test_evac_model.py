@@ -1,0 +1,175 @@
+"""The EVAC world model: sizes, sampler, and what must not depend on the batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, tiny
+from vlahub_envs.evac import checkpoint
+from vlahub_envs.evac.clip import clip_pixels
+from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
+from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
+
+MEMORY = CONFIG.memory
+
+
+def conditions(model, worlds: int):
+    generator = torch.Generator().manual_seed(1)
+    memory = torch.randn(worlds, 4, MEMORY, *CONFIG.latent_size, generator=generator)
+    maps = torch.randint(0, 256, (worlds, CHUNK, SIZE, SIZE, 3), generator=generator).to(torch.uint8)
+    rows = torch.randn(worlds, CHUNK, 14, generator=generator)
+    tokens = model.image_tokens(torch.rand(worlds, 3, SIZE, SIZE, generator=generator) * 2 - 1)
+    return model.conditions(memory, maps, rows, tokens, model.camera_rays())
+
+
+def rows_of(made, rows):
+    return type(made)(**{field.name: getattr(made, field.name)[rows] for field in dataclasses.fields(made)})
+
+
+def test_full_size_models_have_the_published_parameter_counts():
+    model = checkpoint.empty_model(WorldModelConfig())
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count == {
+        "model": 1_464_484_100,
+        "first_stage_model": 83_653_863,
+        "cond_stage_model": 47_245_312,
+        "embedder": 683_800_065,
+        "image_proj_model": 48_656_384,
+        "reward_model": 11_180_033,
+        "action_predictor": 5_704,
+    }
+    assert len(checkpoint.published_shapes(WorldModelConfig())) == 2310
+    assert checkpoint.published_shapes(AGIBOT)["image_proj_model.latents"] == (1, 256, 1024)
+
+
+def test_a_world_is_imagined_the_same_in_any_batch():
+    model, steps = tiny(), Schedule(ScheduleConfig()).ddim(3, eta=1.0)
+    made = conditions(model, 3)
+    noise, later = torch.randn(3, 4, CHUNK, *CONFIG.latent_size), torch.randn(3, 3, 4, CHUNK, *CONFIG.latent_size)
+    together = model.imagine(made, steps, noise, later)
+    assert together.isfinite().all()
+    alone = model.imagine(rows_of(made, [2]), steps, noise[[2]], later[:, [2]])
+    torch.testing.assert_close(together[[2]], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_every_condition_reaches_the_result():
+    model = tiny()
+    made = conditions(model, 1)
+    x = torch.randn(1, 4, CHUNK, *CONFIG.latent_size)
+    v = model.network(made, MEMORY)(x, 500)
+    assert v.shape == (1, 4, MEMORY + CHUNK, *CONFIG.latent_size)
+    for name in ("latent", "mask", "map", "rays"):
+        other = dataclasses.replace(made, **{name: getattr(made, name) + 0.5})
+        assert not torch.allclose(v, model.network(other, MEMORY)(x, 500), atol=1e-5), name
+    image, action = made.tokens.clone(), made.tokens.clone()
+    image[:, :-16] += 1
+    action[:, -16:] += 1
+    for tokens in (image, action):
+        assert not torch.allclose(v, model.network(dataclasses.replace(made, tokens=tokens), MEMORY)(x, 500), atol=1e-6)
+    assert not torch.allclose(v, model.network(made, MEMORY)(x, 900), atol=1e-5)
+
+
+def test_conditions_of_a_chunk():
+    made = conditions(tiny(), 2)
+    assert made.channels().shape == (2, 15, MEMORY + CHUNK, *CONFIG.latent_size)
+    assert (made.map[:, :, :MEMORY] == 0).all() and (made.map[:, :, MEMORY:] != 0).any()
+    torch.testing.assert_close(made.latent[:, :, MEMORY:], made.latent[:, :, MEMORY - 1 : MEMORY].expand(-1, -1, CHUNK, -1, -1))
+    away = tiny().unconditional(made, MEMORY)
+    assert (away.mask[:, :, MEMORY:] == 0).all() and (away.latent[:, :, MEMORY:] == 0).all()
+    torch.testing.assert_close(away.latent[:, :, :MEMORY], made.latent[:, :, :MEMORY])
+    torch.testing.assert_close(away.tokens[:, -16:], made.tokens[:, -16:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 40}, "multiples of 16, not 40 and 32"),
+        ({"memory": 1}, "memory >= 2"),
+        ({"variant": "franka"}, "one of libero, agibot"),
+        (
+            {"image_resampler": dataclasses.replace(CONFIG.image_resampler, output_dim=8)},
+            "image_resampler.output_dim and unet.context_dim must be equal, not 8 and 24",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_memory_is_spread_over_the_history():
+    assert memory_rows(4, 4) == [0, 1, 2, 3] and memory_rows(12, 4) == [0, 4, 8, 11] and memory_rows(20, 4) == [0, 6, 13, 19]
+
+
+def test_decoding_is_per_picture():
+    model = tiny()
+    latents = torch.randn(2, 4, 3, *CONFIG.latent_size)
+    together = model.decode(latents)
+    assert together.shape == (2, 3, 3, SIZE, SIZE)
+    torch.testing.assert_close(model.decode(latents[1:, :, 2:])[0, 0], together[1, 2], atol=1e-5, rtol=1e-4)
+    assert model.encode(together).shape == (2, 3, 4, *CONFIG.latent_size)
+
+
+def test_pictures_are_blurred_only_where_they_shrink():
+    board = (torch.arange(1024)[:, None] + torch.arange(1024)) % 2 * 2.0 - 1
+    board = board.expand(1, 3, -1, -1)
+    assert clip_pixels(board).std(dim=(-2, -1)).max() < 0.05
+    assert clip_pixels(board[:, :, :200, :200]).std(dim=(-2, -1)).min() > 0.8
+    grey = clip_pixels(torch.zeros(1, 3, 300, 500))
+    torch.testing.assert_close(
+        grey[0, :, 5, 5], torch.tensor([(0.5 - m) / s for m, s in ((0.48145466, 0.26862954), (0.4578275, 0.26130258), (0.40821073, 0.27577711))])
+    )
+
+
+# ------------------------------------------------------------------------------------------------ schedule and sampler
+
+
+def test_the_schedule_ends_in_pure_noise():
+    schedule = Schedule(ScheduleConfig())
+    assert schedule.alphas_cumprod[-1] == 0
+    np.testing.assert_allclose(schedule.alphas_cumprod[[0, 500, 998]], [0.99915, 0.24102, 1.97e-7], rtol=2e-3)
+    assert schedule.ddim(50).timesteps.tolist() == list(range(19, 1000, 20))
+    assert schedule.ddim(27).timesteps[[0, 1, -1]].tolist() == [36, 73, 999]
+    with pytest.raises(ValueError, match="from 1 to 1000, not 0"):
+        schedule.ddim(0)
+
+
+def oracle(schedule: Schedule, latents: torch.Tensor):
+    """The v-prediction of a network that knows the answer."""
+
+    def predict(x: torch.Tensor, step: int) -> torch.Tensor:
+        abar, scaled = float(schedule.alphas_cumprod[step]), float(schedule.scale[step]) * latents
+        noise = (x - abar**0.5 * scaled) / (1 - abar) ** 0.5
+        return schedule.noised(latents, noise, torch.full((len(x),), step))[1]
+
+    return predict
+
+
+@pytest.mark.parametrize(("count", "eta"), [(1, 0.0), (5, 0.0), (20, 1.0), (25, 1.0), (50, 1.0)])
+def test_a_perfect_network_is_sampled_exactly(count, eta):
+    schedule, latents = Schedule(ScheduleConfig()), torch.randn(2, 4, 3, 2, 2)
+    noise, later = torch.randn(latents.shape), torch.randn(count, *latents.shape)
+    found = sample(oracle(schedule, latents), schedule.ddim(count, eta, clean_end=True), noise, later)
+    torch.testing.assert_close(found, latents, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "shrink"), [(50, 0.986), (27, 0.973), (10, 0.926), (5, 0.85)])
+def test_the_published_ending_shrinks_the_result(count, shrink):
+    schedule, latents = Schedule(ScheduleConfig()), torch.randn(1, 4, 3, 8, 8)
+    found = sample(oracle(schedule, latents), schedule.ddim(count, 0.0), torch.randn_like(latents))
+    assert float((found * latents).sum() / (latents * latents).sum()) == pytest.approx(shrink, abs=0.01)
+
+
+def test_noise_must_be_given_where_it_is_needed():
+    schedule = Schedule(ScheduleConfig())
+    with pytest.raises(ValueError, match="step_noise"):
+        sample(lambda x, t: x, schedule.ddim(4, 1.0), torch.zeros(1, 4, 1, 1, 1))
+
+
+def test_guidance_of_one_changes_nothing_but_the_scale():
+    v, u = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    torch.testing.assert_close(guided(v, u, 1.0), v)
+    pushed = guided(v, u, 7.5, rescale=1.0)
+    torch.testing.assert_close(pushed.std(dim=(1, 2, 3, 4)), v.std(dim=(1, 2, 3, 4)))

@@ -1,0 +1,42 @@
+"""The examples run as a user runs them: from the root of the repository, as a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlahub import catalog, video
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = {card.family: card.id for card in reversed(catalog.ENVS.values()) if card.family != "test"}
+
+
+def run(script, *arguments, seconds=240):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"examples/{script}", *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    return process.stdout
+
+
+def test_add_your_own_env():
+    out = run("add_your_own_env.py")
+    assert "expert: solved 100% of 20 episodes" in out
+    assert "random: solved" in out and "random: solved 100%" not in out
+
+
+@pytest.mark.parametrize("env_id", ["add_your_own_env:my/Reach", *FAMILIES.values()])
+def test_run_env(tmp_path, env_id):
+    out = run("run_env.py", "--env-id", env_id, "--seed", 3, "--video-path", tmp_path / "episode.mp4")
+    assert "instruction: " in out and "states: float32" in out and "\nsolved after " in out
+    steps = int(out.split("solved after ")[1].split()[0])
+    assert len(video.decode(tmp_path / "episode.mp4")) >= min(steps, 2)
+
+
+def test_the_code_of_the_own_env_stays_short():
+    """The example promises 40 lines: those of the class that a family implements, without blank ones."""
+    source = (ROOT / "examples" / "add_your_own_env.py").read_text()
+    body = source.split("class Reach:")[1].split("class Straight:")[0]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 40

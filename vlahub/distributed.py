@@ -1,0 +1,318 @@
+"""One script on one CPU, one GPU, eight GPUs or several nodes: ranks, seeds, statistics over ranks, sharding.
+
+    python train.py                                                                         # one process
+    torchrun --standalone --nproc-per-node 8 train.py                                       # one node
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py   # on each of two nodes
+
+    ranks = distributed.setup()
+    ...
+    distributed.cleanup()
+
+Every function works without torchrun as well, as if there were one rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int  # 0 to world - 1, over all nodes
+    world: int
+    local_rank: int  # on this node; chooses the GPU
+    device: torch.device
+
+
+def setup(device: str | None = None, timeout: float = 600.0) -> Ranks:
+    """Join the other processes that torchrun started, or stand alone.
+
+    Args:
+        device: "cpu" or "cuda"; by default cuda where there is one.
+        timeout: seconds after which a collective operation that a rank does not join is an error.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in os.environ]
+    if given and "RANK" in given and len(given) < len(names):
+        raise RuntimeError(f"{', '.join(name for name in names if name not in given)} not set, but {', '.join(given)} is; start the script with torchrun")
+    launched = len(given) == len(names)
+    rank, world, local_rank = (int(os.environ[name]) for name in names[:3]) if launched else (0, 1, 0)
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start as many processes as GPUs (--nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
+    chosen = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if launched and not dist.is_initialized():
+        # Both backends: NCCL moves what is on GPUs, gloo what is on the CPU (observations, objects)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=chosen if kind == "cuda" else None)
+    return Ranks(rank, world, local_rank, chosen)
+
+
+def cleanup() -> None:
+    """Leave the process group; without it NCCL warns at exit. Call it when all is well: after an error, exiting lets torchrun stop the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*values: Any) -> None:
+    """Print on rank 0 only, at once."""
+    if rank() == 0:
+        print(*values, flush=True)
+
+
+def barrier(what: str, seconds: float = 60.0) -> None:
+    """Wait for all ranks. One that does not come within `seconds` is named in the error; `what` says what it was waited for."""
+    if not dist.is_initialized():
+        return
+    try:
+        dist.monitored_barrier(_cpu_group(), timeout=datetime.timedelta(seconds=seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise TimeoutError(f"rank {rank()} waited {seconds:g} s for the other ranks ({what}): {str(error).splitlines()[0]}") from error
+
+
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks: the default group if it is gloo alone, else one made at the first call, which all ranks must make together."""
+    if dist.get_backend() == "gloo":
+        return None
+    if "cpu" not in _groups:
+        _groups["cpu"] = dist.new_group(backend="gloo")
+    return _groups["cpu"]
+
+
+def on_rank0(function: Callable[[], Result]) -> Result:
+    """Run a function on rank 0 and give every rank its result. An error there is raised on all ranks: nobody waits for a rank that failed."""
+    if world() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            answer[1] = error
+    failure = answer[1]
+    if failure is not None:  # an exception may not survive pickling; its words do
+        answer[1] = f"{type(failure).__name__}: {failure}"
+    dist.broadcast_object_list(answer, src=0)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {answer[1]}")
+    return answer[0]
+
+
+# ------------------------------------------------------------------------------------------------ shares and seeds
+
+
+def share(count: int, rank: int, world: int) -> range:
+    """This rank's consecutive part of `count` things numbered over all ranks; parts differ by one at most.
+
+    Seed an environment by its number over all ranks: then the same environments run whatever the number of ranks."""
+    return range(rank * count // world, (rank + 1) * count // world)
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, numpy and torch. Rank 0's stream is that of the seed alone; give the same rank everywhere where all ranks must agree (fresh weights)."""
+    mixed = int(np.random.SeedSequence([seed, rank] if rank else [seed]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def parse_ranks(text: str, world: int) -> list[int]:
+    """ "0-3,6" -> [0, 1, 2, 3, 6]: ranks of a role, each below `world`, each once."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"ranks {text!r}: {part.strip()!r} is no rank and no range; write ranks like 0-3,6")
+        span = range(int(first), int(last if dash else first) + 1)
+        if not span:
+            raise ValueError(f"ranks {text!r}: the range {part.strip()!r} runs backwards")
+        found += span
+    twice = sorted({rank for rank in found if found.count(rank) > 1})
+    if twice:
+        raise ValueError(f"ranks {text!r}: {', '.join(map(str, twice))} stands there twice")
+    if max(found) >= world:
+        raise ValueError(f"ranks {text!r}: there is no rank {max(found)}; this run has ranks 0 to {world - 1}")
+    return sorted(found)
+
+
+# ------------------------------------------------------------------------------------------------ numbers over all ranks
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of all selected entries of all ranks together."""
+
+    mean: float
+    std: float  # unbiased; 0 for a single entry
+    min: float
+    max: float
+    count: int
+
+
+def statistics(values: torch.Tensor, mask: torch.Tensor | None = None) -> Statistics:
+    """Mean, unbiased standard deviation, minimum and maximum of `values` where `mask` (of the same shape) is true, over all ranks.
+
+    A collective: every rank calls it, also one that has nothing to give. Summed in float64 and in two passes, so that the number of ranks shows only
+    in the last digits.
+    """
+    if mask is not None and mask.shape != values.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} and values {tuple(values.shape)} differ in shape")
+    chosen = (values if mask is None else values[mask.bool()]).detach().double()
+    total = torch.stack([chosen.sum(), torch.tensor(float(chosen.numel()), dtype=torch.float64, device=chosen.device)])
+    extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=chosen.device)  # of -values and values
+    if chosen.numel():
+        extremes = torch.stack([-chosen.min(), chosen.max()])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    count = int(total[1])
+    if count == 0:
+        raise ValueError("there is nothing to take statistics of: no rank has an entry that the mask selects")
+    mean = total[0] / count
+    squares = (chosen - mean).square().sum()
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    std = (squares / max(count - 1, 1)).sqrt()
+    return Statistics(mean.item(), std.item(), -extremes[0].item(), extremes[1].item(), count)
+
+
+def average(metrics: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
+    """The mean of each metric over the ranks that have it, each rank counted `weight` times (its number of episodes, say)."""
+    gathered: list[Any] = [(dict(metrics), weight)]
+    if dist.is_initialized():
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, (dict(metrics), weight))
+    sums: dict[str, list[float]] = {}
+    for values, share_of in gathered:
+        for name, value in values.items():
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += share_of * float(value)
+            entry[1] += share_of
+    return {name: total / weights for name, (total, weights) in sums.items() if weights > 0}
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if it is true on one: a signal, a non-finite loss."""
+    if not dist.is_initialized():
+        return flag
+    gathered: list[Any] = [None] * world()
+    dist.all_gather_object(gathered, bool(flag))
+    return any(gathered)
+
+
+# ------------------------------------------------------------------------------------------------ weights over all ranks
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Mean of the gradients over all ranks, in place: data parallelism for a model that every rank holds whole.
+
+    One reduction per dtype over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which were used.
+    """
+    if world() == 1:
+        return
+    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for members in groups.values():
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
+        dist.all_reduce(flat)
+        flat /= world()
+        for parameter, gradient in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient.view_as(parameter).clone()
+            else:
+                parameter.grad.copy_(gradient.view_as(parameter))
+
+
+@torch.no_grad()
+def broadcast_weights(module: nn.Module, source: int = 0) -> None:
+    """Give every rank the parameters and buffers of rank `source`."""
+    if world() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, source)
+
+
+def mesh(ranks: Ranks, replicas: int = 1) -> Any:
+    """The device mesh of all ranks for `shard`: one dimension, or (replicas, shards) where each group of ranks, a node say, holds a whole copy."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if ranks.world % replicas:
+        near = [n for n in range(1, ranks.world + 1) if ranks.world % n == 0]
+        raise ValueError(f"{ranks.world} ranks cannot hold {replicas} equal replicas; possible are {', '.join(map(str, near))}")
+    if replicas == 1:
+        return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))
+    return init_device_mesh(ranks.device.type, (replicas, ranks.world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+# The methods of a Policy that run its weights without going through forward()
+ENTRY_POINTS = ("act", "predict", "sample", "value", "evaluate", "sft_loss")
+
+
+def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: Any, dtype: torch.dtype | None = None, entry_points: Sequence[str] = ENTRY_POINTS) -> nn.Module:
+    """Shard a module's parameters over the ranks (FSDP2), in place.
+
+    Args:
+        blocks: sub-modules that are gathered and freed one at a time, the transformer layers; they must run through forward().
+        dtype: of computation; the sharded parameters keep theirs (float32 master weights with dtype=torch.bfloat16). Gradients are reduced in float32.
+        entry_points: methods besides forward() that use the weights. They are registered at once: called without, the blocks would
+            take themselves for roots, and the next real forward would fail.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
+    for name in entry_points:
+        if hasattr(module, name):
+            register_fsdp_forward_method(module, name)
+    return module
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, element by element. A collective."""
+    out = values.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(out)
+    return out
+
+
+def gather(items: Sequence[Any]) -> list[Any]:
+    """All ranks' items behind each other, on every rank. A collective."""
+    if not dist.is_initialized():
+        return list(items)
+    gathered: list[Any] = [None] * world()
+    dist.all_gather_object(gathered, list(items))
+    return [item for part in gathered for item in part]

@@ -1,0 +1,263 @@
+"""The plumbing that every baseline shares and none should repeat: the run's folder, its arguments, resuming, learning rates, skipped steps, evaluation, logs.
+
+The algorithm is not here: the files in baselines/ hold it from top to bottom. A baseline's arguments are a dataclass with (at least) the fields of `Shared`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import tyro
+
+from vlahub import catalog, checkpoint, distributed
+from vlahub.distributed import Ranks, print0
+from vlahub.evaluation import evaluate
+from vlahub.interface import Interface
+from vlahub.policy import Policy
+from vlahub.rollout import Rollout
+from vlahub.tracking import Tracker
+from vlahub.vector import VectorEnv, make
+
+EVAL_SEED = 1_000_003  # of evaluation episodes; the episodes of training draw theirs another way (vlahub.rollout.SeedStream)
+# What may change when a run is resumed; anything else would silently make it another run.
+MAY_CHANGE = {"resume", "total_iterations", "eval_every", "eval_episodes", "keep", "track", "workers", "out", "name", "device"}
+
+Args = TypeVar("Args")
+
+
+class Shared(Protocol):
+    """Arguments that `Run` reads."""
+
+    env_id: str
+    policy: str
+    out: str
+    name: str
+    resume: str
+    seed: int
+    bf16: bool
+    track: bool
+    workers: int
+    max_steps: int
+    learning_rate: float
+    weight_decay: float
+    eval_every: int
+    eval_episodes: int
+    total_iterations: int
+    keep: int
+    max_skipped: int
+
+
+def arguments(kind: type[Args], description: str | None, argv: Sequence[str] | None = None) -> Args:
+    """Parse the command line. With --resume FOLDER the run's own arguments are the defaults, and those that would make it another run may not differ."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parsed = tyro.cli(kind, description=description, args=argv)
+    if not parsed.resume:
+        return parsed
+    file = Path(parsed.resume) / "args.json"
+    if not file.exists():
+        raise SystemExit(f"--resume {parsed.resume}: this folder holds no run (there is no {file.name}); give the folder that a run printed at its start")
+    saved = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(file.read_text()).items()})
+    parsed = tyro.cli(kind, description=description, args=argv, default=saved)
+    differ = [f.name for f in dataclasses.fields(kind) if f.name not in MAY_CHANGE and getattr(parsed, f.name) != getattr(saved, f.name)]
+    if differ:
+        words = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(parsed, name)!r}" for name in differ)
+        raise SystemExit(f"--resume {parsed.resume}: a resumed run keeps its arguments, but {words}. Start a new run instead")
+    return parsed
+
+
+def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
+    """An error with the nearest numbers that do, if `part` does not divide `whole`."""
+    if part < 1 or whole % part:
+        nearest = sorted((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - part))[:3]
+        raise ValueError(f"{part_name} ({part}) does not divide {whole_name} ({whole}); nearest that do: {', '.join(map(str, sorted(nearest)))}")
+
+
+class Run:
+    """One training run: its folder, clocks, tracker and checkpoints. A collective object: every rank makes one."""
+
+    def __init__(self, algorithm: str, args: Shared, ranks: Ranks):
+        self.args, self.ranks = args, ranks
+        policy = Path(args.policy).name.replace(":", "-")
+        name = args.name or f"{algorithm}-{args.env_id.split('/')[-1]}-{policy}-{args.seed}-{time.strftime('%m%d-%H%M%S')}"
+        self.folder = Path(args.resume) if args.resume else Path(distributed.on_rank0(lambda: str(Path(args.out) / name)))
+        if not args.resume and checkpoint.latest(self.folder / "checkpoints"):
+            raise SystemExit(f"{self.folder} holds a run already: go on with it by --resume {self.folder}, or choose another --name")
+        settings = dataclasses.asdict(args)  # type: ignore[call-overload]
+        if ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+        self.tracker = Tracker(self.folder, settings, wandb=args.track, rank=ranks.rank)
+        print0(f"run {self.folder} on {ranks.world} rank{'s' if ranks.world > 1 else ''} ({ranks.device.type})")
+        self.seconds: dict[str, float] = {}
+        self.skipped = self.skipped_in_a_row = 0
+        self.started, self.steps_at_start = time.perf_counter(), 0
+        self.stop_signal = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers send before they end a job
+            with contextlib.suppress(ValueError):  # not in the main thread (a notebook, a test)
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self.stop_signal = signal.Signals(number).name
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop; the caller then saves and leaves."""
+        return distributed.any_rank(bool(self.stop_signal))
+
+    # ------------------------------------------------------------------------------------------------ parts of a run
+
+    def make_env(self, count: int) -> VectorEnv:
+        """This rank's environments, in two halves that alternate where there are processes for both."""
+        options = {"max_steps": self.args.max_steps} if self.args.max_steps else {}
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
+        return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
+
+    def load_policy(self, interface: Interface, **options: Any) -> Policy:
+        """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
+        distributed.seed_everything(self.args.seed)  # fresh weights and heads are the same on every rank
+        family, _, name = self.args.policy.partition(":")
+        if family == "tiny":
+            policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
+        else:
+            policy = Policy.from_pretrained(self.args.policy, dtype=torch.float32, **options)
+        return policy.to(self.ranks.device)
+
+    def optimizer(self, policy: Policy, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
+        """AdamW over what trains; parameters whose name begins with a key of `rates` get that learning rate."""
+        rates = rates or {}
+        groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in ("", *rates)}
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                groups[next((key for key in rates if name.startswith(key)), "")].append(parameter)
+        trained = sum(parameter.numel() for members in groups.values() for parameter in members)
+        print0(f"training {trained:,} of {sum(p.numel() for p in policy.parameters()):,} parameters")
+        return torch.optim.AdamW(
+            [{"params": members, "lr": rates.get(name, self.args.learning_rate), "full_lr": rates.get(name, self.args.learning_rate)} for name, members in groups.items() if members],
+            weight_decay=self.args.weight_decay,
+        )  # fmt: skip
+
+    def set_learning_rates(self, optimizer: torch.optim.Optimizer, fraction: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * fraction
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.args.bf16 else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - before
+
+    def step(self, optimizer: torch.optim.Optimizer, policy: Policy, loss: float, max_norm: float, only: str = "") -> float:
+        """One optimizer step from the gradients of all ranks; returns their norm before clipping.
+
+        A loss or gradient that is not finite skips the step. It is counted and told; too many in a row end the run.
+        `only` limits the step to parameters whose name begins so."""
+        if only:
+            for name, parameter in policy.named_parameters():
+                if not name.startswith(only):
+                    parameter.grad = None
+        distributed.average_gradients(policy.parameters())
+        norm = float(torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], max_norm))
+        if math.isfinite(norm) and math.isfinite(loss):
+            optimizer.step()
+            self.skipped_in_a_row = 0
+        else:  # the same on every rank: loss and gradients are already averaged
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            guilty = [name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            where = f"the gradient of {', '.join(guilty[:3])}{' and others' if len(guilty) > 3 else ''}" if guilty else f"the loss ({loss})"
+            print0(f"WARNING: optimizer step skipped, because {where} is not finite ({self.skipped_in_a_row} in a row, {self.skipped} in all)")
+            if self.skipped_in_a_row >= self.args.max_skipped:
+                last = checkpoint.latest(self.folder / "checkpoints")
+                raise FloatingPointError(
+                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite. Lower the learning rate or max_grad_norm, or switch bf16 off. "
+                    f"The last good checkpoint is {last or 'the policy that the run started from'}"
+                )
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # ------------------------------------------------------------------------------------------------ evaluation, logs, checkpoints
+
+    def evaluate(self, policy: Policy, env: VectorEnv | None, iteration: int, steps: int) -> bool:
+        """Deterministic success rate on the same episodes each time, if it is due (returns whether). The report is in eval/ITERATION.
+
+        Rank 0 runs them in its own environments, so their running episodes are given up."""
+        every = self.args.eval_every
+        if not every or not self.args.env_id or (iteration % every and iteration != self.args.total_iterations):
+            return False
+        policy.eval()
+
+        def run() -> dict[str, float]:
+            out = self.folder / "eval" / f"{iteration:06d}"
+            shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after it; the weights may differ in the last digit
+            with self.autocast():
+                results = evaluate(
+                    env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy
+                )
+            print(f"after {iteration} iterations: {results}", flush=True)
+            return results.metrics()
+
+        self.tracker.log(steps, distributed.on_rank0(run))
+        return True
+
+    def log(self, steps: int, metrics: Mapping[str, float], rollout: Rollout | None = None) -> None:
+        """Log an iteration, with the clocks. `metrics` are the same on every rank; a rollout's episodes are counted over all ranks."""
+        values = dict(metrics)
+        if rollout is not None:
+            done = rollout.episodes
+            steps_run = sum(record.length for record in done)
+            mine = {
+                "env/success_rate": sum(record.success for record in done) / max(len(done), 1),
+                "env/episode_len": steps_run / max(len(done), 1),
+                "env/return": sum(record.total_reward for record in done) / max(len(done), 1),
+                "env/step_reward": sum(record.total_reward for record in done) / max(steps_run, 1),
+            }
+            values = {**distributed.average(mine, len(done)), **values}
+            values["env/aborted"] = distributed.total(torch.tensor(float(rollout.aborted), device=self.ranks.device)).item()
+            values["charts/SPS"] = (steps - self.steps_at_start) / (time.perf_counter() - self.started)
+            self.seconds |= {f"rollout_{what}": seconds for what, seconds in rollout.seconds.items()}
+        values |= distributed.average({f"time/{what}": seconds for what, seconds in self.seconds.items()})
+        self.seconds = {}
+        self.tracker.log(steps, values)
+
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any], others: Mapping[str, Policy] | None = None) -> Path:
+        """A checkpoint that `--resume` continues from and whose policy/ folder from_pretrained reads. `others`: further policies that the run carries along."""
+        return checkpoint.save(self.folder / "checkpoints", counters["iteration"], policy, optimizer, counters=counters, keep=self.args.keep, others=others)
+
+    def restore(self, policy: Policy, optimizer: torch.optim.Optimizer, fresh: Mapping[str, Any], others: Mapping[str, Policy] | None = None) -> dict[str, Any]:
+        """The counters to start from: those of the newest checkpoint when resuming, else `fresh`."""
+        distributed.seed_everything(self.args.seed, self.ranks.rank)
+        newest = checkpoint.latest(self.folder / "checkpoints") if self.args.resume else None
+        if newest is None:
+            if self.args.resume:
+                print0(f"{self.folder} has no checkpoint yet: starting from the beginning")
+            return dict(fresh)
+        counters = checkpoint.load(newest, policy, optimizer, others=others)
+        self.steps_at_start = counters.get("steps", 0)
+        print0(f"resuming after iteration {counters['iteration']} from {newest}")
+        return {**fresh, **{name: value for name, value in counters.items() if name != "step"}}
+
+    def export(self, policy: Policy) -> None:
+        """The finished policy, in the run's folder `policy`, for from_pretrained."""
+        distributed.on_rank0(lambda: str(policy.save_pretrained(self.folder / "policy")))
+        print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env ... --policy {self.folder / 'policy'}")
+
+    def close(self) -> None:
+        self.tracker.close()
+        distributed.cleanup()

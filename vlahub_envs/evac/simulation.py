@@ -1,0 +1,293 @@
+"""Imagined worlds. `Evac` is one of them under the Simulation protocol; `Imagination` runs any number of them as one batch.
+
+An imagined world is its history: the latents of every frame so far, of which the model is shown four, and the pose that the action converter has reached.
+A chunk of actions becomes poses, poses become action rows and maps, the model imagines the frames, the classifier judges each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlahub.interface import Camera, Field, Interface
+from vlahub.observation import Observation
+from vlahub.simulation import Outcomes, check_options
+from vlahub_envs.evac import conditioning, start_states
+from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
+from vlahub_envs.evac.start_states import StartState, StartStates
+
+FINGER = 0.04  # m, position of each finger of LIBERO's gripper when fully open
+OPTIONS = {
+    "task": "number of the task",
+    "trial": "number of the start state within the task",
+    "image": "first frame by hand, uint8 [H, W, 3]",
+    "pose": "end-effector pose in it, [8]",
+    "text": "instruction",
+}
+
+
+def interface_of(config: WorldModelConfig) -> Interface:
+    """LIBERO's interface, so that one policy runs in the simulator and in its imagination."""
+    return Interface(
+        main=Camera("agentview", config.height, config.width, turned=180),
+        state=(
+            Field("position", 3, "m", frame="world"),
+            Field("rotation", 3, "rad", rotation="axis_angle", frame="world"),
+            Field("fingers", 2, "m"),
+        ),
+        action=(
+            Field("position", 3, "1", reference="delta", frame="world", low=-1, high=1),
+            Field("rotation", 3, "1", reference="delta", rotation="axis_angle", frame="world", low=-1, high=1),
+            Field("gripper", 1, "1", low=-1, high=1, open=-1, closed=1),
+        ),
+        control_hz=20,
+    )
+
+
+def state_of(pose: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+    """Pose [8] (xyz, quaternion xyzw, gripper) -> LIBERO's state [8]: xyz, axis-angle (angle in [0, 2 pi], as LIBERO computes it), two finger positions."""
+    xyz, quaternion, gripper = pose[:3].astype(np.float64), pose[3:7].astype(np.float64), float(pose[7])
+    quaternion = quaternion / np.linalg.norm(quaternion)
+    sine = np.sqrt(max(1 - quaternion[3] ** 2, 0.0))
+    turn = np.zeros(3) if sine < 1e-8 else quaternion[:3] / sine * 2 * np.arccos(np.clip(quaternion[3], -1, 1))
+    opening = np.clip((gripper - config.gripper_closed) / (config.gripper_open - config.gripper_closed), 0, 1)
+    return np.concatenate([xyz, turn, [FINGER * opening, -FINGER * opening]]).astype(np.float32)
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """Images of about [-1, 1] -> uint8, truncated as the published environment does."""
+    return ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+
+
+def upright(frame: np.ndarray) -> np.ndarray:
+    """LIBERO's pictures are turned by 180 degrees; people want them upright."""
+    return frame[::-1, ::-1].copy()
+
+
+class Imagination:
+    """The model and how it is sampled; shared by all worlds of a batch.
+
+    Args:
+        model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
+        starts: a collection of start states, or the path of one; without it every reset needs a start by hand.
+        device, dtype: where and in what the model runs, if it is loaded here.
+        denoising_steps: network calls per chunk.
+        eta: 1 adds fresh noise at every call, as the published environment does; 0 none.
+        clean_end: see Schedule.ddim. By default on below 50 steps, where the published ending visibly fades the picture.
+        threshold: probability from which a frame counts as a success.
+        max_batch: worlds that are imagined at once; larger batches are split. None: all.
+        strict_upstream_quirks: reproduce the published environment's loop, defects included (docs/evac.md lists them). For comparisons only.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel | str | Path,
+        starts: StartStates | str | Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        denoising_steps: int = 50,
+        eta: float = 1.0,
+        clean_end: bool | None = None,
+        threshold: float = 0.5,
+        max_batch: int | None = None,
+        strict_upstream_quirks: bool = False,
+    ):
+        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, device=device, dtype=dtype)
+        self.config = config = self.model.config
+        for part, what in ((self.model.reward_model, "success classifier"), (self.model.action_predictor, "action converter")):
+            if part is None:
+                raise ValueError(f"this world model has no {what}, which an environment needs; load weights that have one (the AgiBot release has neither)")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, not {threshold!r}")
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, not {max_batch!r}")
+        self.starts = start_states.read(starts) if isinstance(starts, (str, Path)) else starts
+        for state in self.starts or ():
+            state.check(config.height, config.width)
+        self.steps = self.model.schedule.ddim(denoising_steps, eta, denoising_steps < 50 if clean_end is None else clean_end)
+        self.threshold, self.max_batch, self.strict = threshold, max_batch, strict_upstream_quirks
+        self.rays = self.model.camera_rays()
+        self.intrinsic = np.array(config.intrinsic)
+        self.to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
+
+    @torch.no_grad()
+    def advance(self, worlds: Sequence[Evac], actions: Sequence[np.ndarray]) -> None:
+        """Run a chunk in each world. Afterwards each holds the frame and the pose at its last step, and its Outcomes.
+
+        actions: per world [n, D]. More actions than the model's chunk take several calls, in which worlds that are done no longer take part; of fewer
+        actions, the rest of the chunk is imagined with the arm at rest and thrown away.
+        """
+        c = self.config.chunk
+        for world in worlds:
+            world.outcomes = None
+        for begin in range(0, max(map(len, actions)), c):
+            live = [(world, given[begin : begin + c]) for world, given in zip(worlds, actions, strict=True) if len(given) > begin and not world.over()]
+            size = self.max_batch or max(len(live), 1)
+            for i in range(0, len(live), size):
+                self._chunk([world for world, _ in live[i : i + size]], [given for _, given in live[i : i + size]])
+
+    def _chunk(self, worlds: list[Evac], actions: list[np.ndarray]) -> None:
+        config, model = self.config, self.model
+        m, c = config.memory, config.chunk
+        self._encode_starts(worlds)
+        lengths = [len(given) for given in actions]
+        padded = np.stack([np.concatenate([given, np.zeros((c - len(given), given.shape[1]), given.dtype)]) for given in actions])
+        before = np.stack([world.pose for world in worlds])
+        poses = model.action_predictor.chain(*(torch.from_numpy(x).to(model.device) for x in (padded, before)), normalised=not self.strict).cpu().numpy()
+        for i, length in enumerate(lengths):
+            poses[i, length:] = poses[i, length - 1]
+        if self.strict:  # the last row of the published pose buffer is never written, so the last frame returns to the first pose
+            rows = np.stack([world.start.pose for world in worlds])[:, None]
+            poses_of_frames = np.concatenate([poses[:, 1:], rows], axis=1)
+            before_and_after = np.concatenate([poses, rows], axis=1)
+        else:
+            poses_of_frames, before_and_after = poses, np.concatenate([before[:, None], poses], axis=1)
+        doubled = np.concatenate([before_and_after, before_and_after], axis=-1)  # [k, c + 1, 16]: the one arm stands in both halves
+        rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(doubled)))
+        maps = np.stack([[self._map(pose) for pose in of_world] for of_world in poses_of_frames])
+        memory = torch.stack([world.latents[:, memory_rows(world.latents.shape[1], m)] for world in worlds])  # [k, 4, m, h, w]
+        tokens = torch.stack([self._tokens(world) for world in worlds])
+        conditions = model.conditions(memory, torch.from_numpy(maps), rows, tokens, self.rays)
+        noise, step_noise = self.noise(worlds)
+        latents = model.imagine(conditions, self.steps, noise, step_noise)  # [k, 4, c, h, w]
+        frames = model.decode(latents)  # [k, c, 3, H, W]
+        probability = model.reward_model(frames.flatten(0, 1)).sigmoid().view(len(worlds), c).cpu().numpy()
+        pictures = to_uint8(frames).permute(0, 1, 3, 4, 2).cpu().numpy()
+        for i, world in enumerate(worlds):
+            n = lengths[i]
+            world.latents = torch.cat([world.latents, latents[i, :, :n]], dim=1)
+            world.take(pictures[i, :n], poses[i, :n], probability[i, :n])
+
+    def _map(self, pose: np.ndarray) -> np.ndarray:
+        config = self.config
+        return conditioning.trajectory_map(np.concatenate([pose, pose]), self.intrinsic, self.to_world, (config.height, config.width), config.variant)
+
+    def _tokens(self, world: Evac) -> torch.Tensor:
+        """The image tokens of the world's first frame. The published environment shows every world that of the first, after the first chunk decoded."""
+        if not self.strict:
+            return world.image_tokens
+        shown = self.first or world
+        if world.latents.shape[1] == self.config.memory:
+            return shown.image_tokens
+        return self.model.decoded_image_tokens(shown.latents[None, :, 0])[0]
+
+    first: Evac | None = None  # strict_upstream_quirks only: the world whose first frame all others are shown
+
+    def _encode_starts(self, worlds: Sequence[Evac]) -> None:
+        """Latents and image tokens of worlds that have none yet; worlds with the same start share them."""
+        fresh = [world for world in (*worlds, *([self.first] if self.strict and self.first else [])) if world.latents is None]
+        unique = list(dict.fromkeys(world.start for world in fresh))
+        if not unique:
+            return
+        pixels = torch.stack([start.pixels() for start in unique]).to(self.model.device)
+        latents, tokens = self.model.encode(pixels), self.model.image_tokens(pixels)
+        for world in fresh:
+            i = unique.index(world.start)
+            world.latents = latents[i][:, None].expand(-1, self.config.memory, -1, -1)  # the first frame stands for the whole memory
+            world.image_tokens = tokens[i]
+
+    def noise(self, worlds: Sequence[Evac]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Noise of one chunk, [k, 4, c, h, w], and of its steps, [steps, k, 4, c, h, w]. Each world has its own generator, so a result depends neither on the
+        batch nor on its order."""
+        shape = (self.config.autoencoder.latent_channels, self.config.chunk, *self.config.latent_size)
+        first, later = [], []
+        for world in worlds:
+            first.append(torch.randn(shape, generator=world.generator, device=self.model.device))
+            if self.steps.sigmas.any():
+                later.append(torch.randn((len(self.steps), *shape), generator=world.generator, device=self.model.device))
+        return torch.stack(first), torch.stack(later, dim=1) if later else None
+
+
+class Evac:
+    """One imagined world (see vlahub.simulation.Simulation). Takes the arguments of `Imagination`, or one that it shares with others.
+
+    A step is judged by the classifier: reward 1 and the end of the episode at the first frame whose success probability passes the threshold, else 0.
+    """
+
+    max_steps = 256  # of the published environment: 32 chunks of 8
+
+    def __init__(self, model: WorldModel | str | Path | None = None, starts: Any = None, *, imagination: Imagination | None = None, **options: Any):
+        self.imagination = imagination or Imagination(model, starts, **options)
+        self.interface = interface_of(self.imagination.config)
+        collection = self.imagination.starts
+        self.tasks, self.trials = (collection.tasks, collection.trials) if collection else (0, 0)
+        self.assets = "imagined"
+        self.start: StartState | None = None
+        self.outcomes: Outcomes | None = None  # of a chunk that was run in a batch, until `apply` fetches it
+
+    def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        check_options(options, OPTIONS)
+        by_hand = {name for name in ("image", "pose", "text") if options.get(name) is not None}
+        config = self.imagination.config
+        if by_hand:
+            if "task" in options or "trial" in options:
+                raise start_states.StartStateError("reset options: give either image, pose and text, or task and trial")
+            start = start_states.given(options)
+            start.check(config.height, config.width)
+        elif self.imagination.starts is None:
+            raise start_states.StartStateError("this environment was made without start states: reset needs the options image, pose and text")
+        else:
+            start = self.imagination.starts.choose(seed, options.get("task"), options.get("trial"))
+        self.start, self.pose, self.outcomes = start, start.pose.astype(np.float32), None
+        image = start.image
+        self.frame = image if image.dtype == np.uint8 else to_uint8(torch.from_numpy(image)).numpy()
+        self.latents: torch.Tensor | None = None  # [4, frames so far, h, w]; made with the first chunk, so that worlds are encoded together
+        self.image_tokens: torch.Tensor | None = None
+        self.generator = torch.Generator(self.imagination.model.device).manual_seed(seed)
+        self.judged = 0.0  # the last frame's verdict, for the published reward
+        return {"task": start.task, "trial": start.trial}
+
+    def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
+        if self.outcomes is None:
+            self.imagination.advance([self], [actions])
+        outcomes, self.outcomes = self.outcomes, None
+        if watch:  # the frames exist anyway: show each in turn
+            for frame in self.frames:
+                self.frame = frame
+                watch()
+        return outcomes
+
+    def over(self) -> bool:
+        """The episode ended in the part of the chunk that was run so far."""
+        return self.outcomes is not None and not self.imagination.strict and bool(self.outcomes.success[-1])
+
+    def take(self, frames: np.ndarray, poses: np.ndarray, probability: np.ndarray) -> None:
+        """Book imagined steps: frames [n, H, W, 3], poses [n, 8], success probabilities [n]."""
+        strict = self.imagination.strict
+        success = probability > self.imagination.threshold
+        n = len(success) if strict or not success.any() else int(success.argmax()) + 1
+        frames, poses, probability, success = frames[:n], poses[:n], probability[:n], success[:n]
+        terminated = None
+        if strict:
+            judged = success.astype(np.float32)
+            reward = 5 * np.diff(judged, prepend=np.float32(self.judged))  # 5: the published coefficient
+            self.judged = float(judged[-1])
+            terminated = np.zeros(n, bool)
+            terminated[-1] = success.any()
+            self.pose_rows = np.concatenate([[self.start.pose] * (self.imagination.config.memory - 1), poses, [self.start.pose]])
+            self.frame, self.pose = frames[-1], poses[0]  # its next chunk starts from the first pose of this one
+        else:
+            reward = success.astype(np.float32)
+            self.frame, self.pose = frames[-1], poses[-1]
+        before = self.outcomes
+        self.frames = frames if before is None else np.concatenate([self.frames, frames])
+        if before is not None:
+            reward, success = np.concatenate([before.reward, reward]), np.concatenate([before.success, success])
+            probability = np.concatenate([before.info["success_probability"], probability])
+            terminated = None if terminated is None else np.concatenate([before.terminated, terminated])
+        self.outcomes = Outcomes(reward, success, terminated, {"success_probability": probability})
+
+    def observe(self) -> Observation:
+        pose = self.start.pose if self.imagination.strict else self.pose  # the published environment shows the start pose for ever
+        return {"main_images": self.frame, "states": state_of(pose, self.imagination.config), "task_descriptions": self.start.text}
+
+    def render(self) -> np.ndarray:
+        return upright(self.frame)
+
+    def close(self) -> None:
+        self.latents = self.image_tokens = None

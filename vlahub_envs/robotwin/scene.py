@@ -1,0 +1,122 @@
+"""The scene: a physics world, new at every reset, and the stage that draws it.
+
+PhysX remembers where bodies touched and in which order they came, so a world that is put back into its first state does not repeat itself to the last bit. A new
+world does, and costs a millisecond: textures, meshes and cameras, the slow part, are on the stage and stay.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import sapien
+from sapien.physx import PhysxCollisionShapeConvexMesh, PhysxCpuSystem, PhysxMaterial, PhysxRigidDynamicComponent, PhysxRigidStaticComponent
+
+from vlahub_envs.robotwin.assets import Model, Official, StandIns
+from vlahub_envs.robotwin.robot import Robot
+from vlahub_envs.robotwin.room import GROUND, PLAIN, ROOM
+from vlahub_envs.robotwin.stage import NEAR, NEAR_WRIST_STANDIN, Stage, render_system
+from vlahub_envs.robotwin.trajectory import TIMESTEP
+
+OBJECT_MASS = 0.01  # kg, unless a task says otherwise
+
+
+class Thing:
+    """An object of the present episode."""
+
+    def __init__(self, name: str, model: Model, entity: sapien.Entity, body: PhysxRigidStaticComponent | PhysxRigidDynamicComponent):
+        self.name, self.model, self.entity, self.body = name, model, entity, body
+
+    @property
+    def pose(self) -> np.ndarray:
+        """[4, 4] in the world."""
+        return self.entity.pose.to_transformation_matrix()
+
+    @property
+    def position(self) -> np.ndarray:
+        return self.entity.pose.p
+
+    def point(self, kind: str, index: int = 0) -> np.ndarray:
+        """World pose [4, 4] of a "contact" or "functional" point."""
+        return self.pose @ self.model.points[kind][index]
+
+
+class Scene:
+    """Args: `assets` the asset set; `device`, `shader` and `shadows` for the renderer."""
+
+    def __init__(self, assets: StandIns | Official, device: str | None, shader: str, shadows: bool):
+        self.assets = assets
+        renderer = render_system(device)  # first: SAPIEN would otherwise pick a device of its own for the robot's colours
+        self.robot = Robot(assets.robot_urdf())
+        near_wrist = NEAR if assets.name == "official" else NEAR_WRIST_STANDIN
+        self.stage = Stage(self.robot.builder, self.robot.base, renderer, shader, shadows, near_wrist)
+        self.things: dict[str, Thing] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """A new physics world: ground, wall, table, and the robot at home. What was in the old one is gone."""
+        # SAPIEN keeps these for the process: set them anew for every world, whatever was built before
+        sapien.physx.set_scene_config(gravity=[0, 0, -9.81], bounce_threshold=2.0, enable_pcm=True, enable_tgs=True)
+        sapien.physx.set_body_config(solver_position_iterations=10, solver_velocity_iterations=1, sleep_threshold=0.005)
+        sapien.physx.set_shape_config(contact_offset=0.01, rest_offset=0.0)
+        sapien.physx.set_default_material(*PLAIN)
+        self.physics = PhysxCpuSystem()
+        self.physics.timestep = TIMESTEP
+        self.world = sapien.Scene([self.physics])
+        self.things = {}
+        builder = self.world.create_actor_builder()
+        builder.add_plane_collision(sapien.Pose(q=GROUND), PhysxMaterial(*PLAIN))
+        builder.build_static("ground")
+        for box in ROOM:
+            builder = self.world.create_actor_builder()
+            builder.add_box_collision(half_size=box.half, material=PhysxMaterial(*box.friction))
+            builder.set_initial_pose(sapien.Pose(box.position))
+            builder.build_static(box.name)
+        self.robot.enter(self.world)
+
+    def add(self, name: str, model: Model, where: sapien.Pose, static: bool = False, mass: float = OBJECT_MASS) -> Thing:
+        """Put an object in. `name` is how the task calls it."""
+        plain = PhysxMaterial(*PLAIN)
+        if model.collision is not None:
+            builder = self.world.create_actor_builder()
+            if static:
+                builder.add_nonconvex_collision_from_file(str(model.collision), scale=model.scale, material=plain)
+            else:
+                builder.add_multiple_convex_collisions_from_file(str(model.collision), scale=model.scale, material=plain)
+            builder.set_physx_body_type("static" if static else "dynamic")
+            body = builder.build_physx_component()
+        else:
+            body = PhysxRigidStaticComponent() if static else PhysxRigidDynamicComponent()
+            for solid in model.solids:
+                body.attach(PhysxCollisionShapeConvexMesh(solid.mesh()[0].astype(np.float32), [1, 1, 1], plain))
+        if not static:
+            body.mass = mass
+        entity = sapien.Entity()
+        entity.name = model.name
+        entity.add_component(body)
+        entity.set_pose(where)
+        self.world.add_entity(entity)
+        self.things[name] = Thing(name, model, entity, body)
+        return self.things[name]
+
+    def ready(self) -> None:
+        """Called when every object is in: draw them from here on."""
+        self.stage.show({name: link.entity for name, link in self.robot.links.items()}, [(thing.model, thing.entity) for thing in self.things.values()])
+
+    def step(self) -> None:
+        self.physics.step()
+
+    def touching(self, links: list, thing: Thing) -> np.ndarray:
+        """Positions [K, 3] of the points where robot links touch an object, after a step.
+
+        The engine reports pairs of points already when shapes come within 2 cm of each other (their contact offsets); only those that push count here.
+        """
+        found = []
+        for contact in self.physics.get_contacts():
+            a, b = contact.bodies
+            if (a == thing.body and b in links) or (b == thing.body and a in links):
+                found += [point.position for point in contact.points if np.any(point.impulse)]
+        return np.array(found).reshape(-1, 3)
+
+    def close(self) -> None:
+        self.stage.close()
+        self.robot.leave()
+        self.things, self.physics, self.world = {}, None, None

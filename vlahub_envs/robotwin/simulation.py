@@ -1,0 +1,269 @@
+"""RoboTwin 2.0 on SAPIEN, without a clone, a planner or a download: the Simulation behind every vlahub/RoboTwin-... id."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from vlahub.catalog import suggest
+from vlahub.interface import Camera, Field, Interface
+from vlahub.observation import Observation
+from vlahub.simulation import Outcomes, check_options
+from vlahub_envs.robotwin import assets as asset_sets
+from vlahub_envs.robotwin.instructions import InstructionSet, instruction
+from vlahub_envs.robotwin.kinematics import euler_of_pose, pose_of_euler
+from vlahub_envs.robotwin.robot import SIDES
+from vlahub_envs.robotwin.scene import Scene
+from vlahub_envs.robotwin.task import Draws, Task
+from vlahub_envs.robotwin.trajectory import HOLD_ALONE, HOLD_IN_CHUNK, plan
+
+CAMERAS = ("head", "left_wrist", "right_wrist", "front")
+PEOPLE_SIZE = (480, 640)  # of `render`
+
+
+class RoboTwin:
+    """
+    ## Description
+    A dual-arm tabletop task of the RoboTwin 2.0 benchmark: two 6-joint arms with parallel grippers (the "aloha-agilex" robot) at a table, physics at 250 Hz in
+    SAPIEN on the CPU, drawn on a GPU or, without one, by a software Vulkan. In `vlahub/RoboTwin-ClickBell` a closed gripper presses a desk bell.
+
+    ## Action space
+    `Box(14)`, absolute. Left arm, then right arm.
+
+    | control_mode | numbers per arm | meaning |
+    |---|---|---|
+    | `"qpos"` | 6 joints, 1 gripper | joint positions in rad, -pi to pi; gripper 0 (closed) to 1 (open) |
+    | `"ee_pose"` | x, y, z, roll, pitch, yaw, 1 gripper | world pose of the hand (`link6`) in m and rad, R = Rz(yaw) Ry(pitch) Rx(roll); solved by inverse kinematics, out of reach the nearest pose that is within |
+
+    A chunk is one path in time: see `executor`.
+
+    ## Observation space
+    `main_images` (head camera), `wrist_images` (left, right), `extra_view_images` (front camera, if asked for), `states` [14] (joints and grippers as last
+    commanded, in the layout of `"qpos"`), `task_descriptions`.
+
+    ## Reward
+    1 at the step at which the task is solved, else 0. The check runs after every physics step.
+
+    ## Start
+    The robot is at its home pose with open grippers. The seed fixes the layout, with the draws of upstream's generator in upstream's order, and the instruction.
+
+    ## End
+    Terminated when solved; truncated after `max_steps` control steps (400 for ClickBell).
+
+    ## Arguments
+    Args:
+        task: name of the task; the registered ids set it.
+        control_mode: "qpos" or "ee_pose", see the action space.
+        executor: "chunk" runs the actions given at once as one path through all of them, as RL systems do; "per_action" stops at each, as the benchmark does.
+        cameras: which to draw, of "head" (always), "left_wrist", "right_wrist", "front".
+        camera_size: (height, width) of every image.
+        instruction_set: "seen" or "unseen" sentences and object descriptions.
+        assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
+        render_device: "cuda", "cuda:1", "cpu"; None takes a GPU if there is one.
+        shader: SAPIEN's rasteriser, "minimal" or "default"; the pictures are nearly the same, the first takes three quarters of the time.
+        shadows: draw shadows. Off by default, also on a GPU: one checkpoint sees the same pictures everywhere.
+
+    ## Options of reset
+    `task`: 0, the only one. `trial`: number of the layout, counted from the seed's own: seed s, trial j is the layout of seed s + j.
+
+    ## Info
+    From reset: `task`, `trial`, `arm` words and objects as `stands_for`. From steps: `physics_steps`; with `"ee_pose"` also `unreachable`, how many hand poses of
+    the chunk were out of reach, and `ik_error`, the largest distance in m between an asked and a commanded hand position.
+    """
+
+    tasks = 1
+    trials = None
+
+    def __init__(
+        self,
+        task: str = "ClickBell",
+        control_mode: Literal["qpos", "ee_pose"] = "qpos",
+        executor: Literal["chunk", "per_action"] = "chunk",
+        cameras: Sequence[str] = ("head", "left_wrist", "right_wrist"),
+        camera_size: tuple[int, int] = (240, 320),
+        instruction_set: InstructionSet = "seen",
+        assets: str = "auto",
+        render_device: str | None = None,
+        shader: Literal["minimal", "default"] = "minimal",
+        shadows: bool = False,
+    ):
+        choices = {
+            "control_mode": (control_mode, ("qpos", "ee_pose")),
+            "executor": (executor, ("chunk", "per_action")),
+            "instruction_set": (instruction_set, ("seen", "unseen")),
+            "shader": (shader, ("minimal", "default")),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
+        self.control_mode, self.executor, self.instruction_set = control_mode, executor, instruction_set
+        height, width = _checked_size(camera_size)
+        self.task = load_task(task)
+        self.max_steps = self.task.step_limit
+        self.interface = _interface(control_mode, _checked_cameras(cameras), height, width)
+        asset_set = asset_sets.find(assets, tuple(self.task.objects))
+        self.assets = asset_set.name
+        self.scene = Scene(asset_set, render_device, shader, shadows)
+        for name in self.interface.cameras:
+            self.scene.stage.add_camera(name, height, width)
+        self.instruction = ""
+
+    def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        check_options(options, {"task": "0, the only one of this environment", "trial": "number of the layout, counted from the seed's own"})
+        if options.get("task", 0) != 0:
+            raise ValueError(f"task {options['task']!r} is out of range; this environment has task 0 only")
+        try:
+            trial = operator.index(options.get("trial", 0))
+        except TypeError:
+            trial = -1
+        if not 0 <= seed + trial < 2**32 or trial < 0:
+            raise ValueError(f"trial must be a whole number >= 0, not {options['trial']!r}")
+        layout = seed + trial
+        self.scene.clear()
+        stands_for = self.task.place(self.scene, Draws(layout))
+        self.scene.ready()
+        self.instruction = instruction(self.task.sentences, self.instruction_set, stands_for, layout)
+        return {"task": 0, "trial": trial, "stands_for": ", ".join(f"{letter}={value}" for letter, value in stands_for.items())}
+
+    def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
+        scene, robot = self.scene, self.scene.robot
+        joints, grippers, info = self.decode(actions)
+        joints, grippers = np.vstack([robot.joints, joints]), np.vstack([robot.grippers, grippers])  # [N + 1, 12], [N + 1, 2]
+        if self.executor == "chunk":
+            motions = iter([plan(joints, grippers, HOLD_IN_CHUNK)])
+        else:
+            motions = (plan(joints[i : i + 2], grippers[i : i + 2], HOLD_ALONE) for i in range(len(actions)))
+        done, solved, physics_steps = 0, False, 0
+        for motion in motions:
+            begin = 0
+            for end in motion.ends:
+                for step in range(begin, end):
+                    robot.command(motion.joints[step], motion.velocities[step], motion.grippers[step])
+                    scene.step()
+                    physics_steps += 1
+                    solved = self.task.solved(scene)
+                    if solved:
+                        break
+                begin = end
+                done += 1
+                if watch:
+                    watch()
+                if solved:
+                    break
+            if solved:
+                break
+        success = np.zeros(done, bool)
+        success[-1] = solved
+        return Outcomes(success.astype(np.float32), success, info={**info, "physics_steps": physics_steps})
+
+    def decode(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Actions [N, 14] -> joints [N, 12], grippers [N, 2], info."""
+        arms = actions.astype(float).reshape(-1, 2, 7)  # N, arm, numbers
+        grippers = arms[:, :, 6]
+        if self.control_mode == "qpos":
+            return arms[:, :, :6].reshape(-1, 12), grippers, {}
+        joints, unreachable, worst = np.zeros((len(arms), 12)), 0, 0.0
+        present = self.scene.robot.joints
+        for i, row in enumerate(arms):
+            for side, name in enumerate(SIDES):
+                part = slice(6 * side, 6 * side + 6)
+                solution = self.scene.robot.arms[name].inverse(pose_of_euler(row[side]), present[part])
+                joints[i, part] = solution.joints
+                unreachable += not solution.reached
+                worst = max(worst, solution.position_error)
+            present = joints[i]
+        return joints, grippers, {"unreachable": unreachable, "ik_error": worst}
+
+    def encode(self, joints: np.ndarray, grippers: np.ndarray) -> np.ndarray:
+        """Joints [N, 12] and grippers [N, 2] -> actions [N, 14] of this control mode."""
+        arms = np.empty((len(joints), 2, 7), np.float32)
+        arms[:, :, 6] = grippers
+        if self.control_mode == "qpos":
+            arms[:, :, :6] = joints.reshape(-1, 2, 6)
+        else:
+            for side, name in enumerate(SIDES):
+                arms[:, side, :6] = [euler_of_pose(self.scene.robot.arms[name].forward(row[6 * side : 6 * side + 6])) for row in joints]
+        return arms.reshape(-1, 14)
+
+    def observe(self) -> Observation:
+        pictures = dict(zip(self.interface.cameras, self.scene.stage.pictures(tuple(self.interface.cameras)), strict=True))
+        observation: Observation = {"main_images": np.ascontiguousarray(pictures["head"])}
+        wrists = [pictures[camera.name] for camera in self.interface.wrists]
+        if wrists:
+            observation["wrist_images"] = np.stack(wrists) if len(wrists) > 1 else np.ascontiguousarray(wrists[0])
+        if self.interface.extras:
+            observation["extra_view_images"] = np.stack([pictures[camera.name] for camera in self.interface.extras])
+        observation["states"] = self.scene.robot.state.astype(np.float32)
+        observation["task_descriptions"] = self.instruction
+        return observation
+
+    def render(self) -> np.ndarray:
+        if "people" not in self.scene.stage.cameras:
+            self.scene.stage.add_camera("people", *PEOPLE_SIZE)
+        return np.ascontiguousarray(self.scene.stage.pictures(("people",))[0])
+
+    def close(self) -> None:
+        if self.scene is not None:
+            self.scene.close()
+            self.scene = None
+
+
+def load_task(name: str) -> Task:
+    """The task of a name such as "ClickBell"."""
+    from vlahub_envs.robotwin import TASKS
+
+    if name not in TASKS:
+        raise ValueError(f"RoboTwin has no task {name!r}; {suggest(name, TASKS)}")
+    module = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    return getattr(importlib.import_module(f"vlahub_envs.robotwin.tasks.{module}"), name)()
+
+
+def _interface(control_mode: str, cameras: tuple[str, ...], height: int, width: int) -> Interface:
+    def gripper(side: str) -> Field:
+        return Field(f"{side}_gripper", 1, "1", low=0.0, high=1.0, open=1.0, closed=0.0)
+
+    # The arms' joints turn freely; more than half a turn either way reaches nothing new.
+    joints = tuple(field for side in SIDES for field in (Field(f"{side}_joints", 6, "rad", low=-np.pi, high=np.pi), gripper(side)))
+    hands = tuple(
+        field
+        for side in SIDES
+        for field in (
+            Field(f"{side}_position", 3, "m", frame="world", low=(-1.5, -1.5, 0.0), high=(1.5, 1.5, 2.0)),
+            Field(f"{side}_rotation", 3, "rad", rotation="euler_xyz", frame="world", low=-np.pi, high=np.pi),
+            gripper(side),
+        )
+    )
+    views = {name: Camera(name, height, width) for name in cameras}
+    return Interface(
+        main=views["head"],
+        wrists=tuple(views[name] for name in ("left_wrist", "right_wrist") if name in views),
+        extras=tuple(views[name] for name in ("front",) if name in views),
+        state=joints,
+        action=joints if control_mode == "qpos" else hands,
+        control_hz=None,  # an action lasts as long as the path to it takes
+    )
+
+
+def _checked_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
+    names = (cameras,) if isinstance(cameras, str) else tuple(cameras)
+    for name in names:
+        if name not in CAMERAS:
+            raise ValueError(f"cameras: there is no camera {name!r}; {suggest(name, CAMERAS)}")
+    if "head" not in names or len(set(names)) < len(names):
+        raise ValueError(f"cameras must contain 'head' (main_images) and each name once, not {names}")
+    return names
+
+
+def _checked_size(size: Any) -> tuple[int, int]:
+    try:
+        height, width = (operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(f"camera_size must be (height, width) in pixels, not {size!r}") from None
+    if not (16 <= height <= 4096 and 16 <= width <= 4096):
+        raise ValueError(f"camera_size must be (height, width), each from 16 to 4096 pixels, not {size!r}")
+    return height, width

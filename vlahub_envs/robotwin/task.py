@@ -1,0 +1,82 @@
+"""What a RoboTwin task is: where its objects go, when it is solved, what one says to ask for it, how a scripted expert does it.
+
+A task is one file in `tasks/`: a subclass of `Task` with four short methods and its sentences. See `tasks/click_bell.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import sapien
+from scipy.spatial.transform import Rotation
+
+if TYPE_CHECKING:
+    from vlahub_envs.robotwin.expert import Hands
+    from vlahub_envs.robotwin.instructions import Sentences
+    from vlahub_envs.robotwin.scene import Scene
+
+OPEN, CLOSED = 0.8, 0.2  # a gripper is open above, closed below: of the commanded value, never of the fingers
+SPAWN_HEIGHT = 0.741
+
+
+class Draws:
+    """The random numbers of one layout, drawn as upstream draws them: numpy's legacy generator, one number after the other, the unused ones included."""
+
+    def __init__(self, seed: int):
+        self.random = np.random.RandomState(seed)
+        self.random.uniform(0, 0)  # the table's height, which is fixed here
+        for _ in ("head", "front"):  # the jitter of the two fixed cameras: a direction and a length
+            self.random.randn(3)
+            self.random.uniform(0, 0)
+
+    def choice(self, values: Sequence[int]) -> int:
+        return int(self.random.choice(values, 1)[0])
+
+    def place(
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        z: float = SPAWN_HEIGHT,
+        base: Rotation | None = None,
+        turn: tuple[float, float, float] | None = None,
+        redraw_while: Callable[[np.ndarray], bool] = lambda position: False,
+    ) -> sapien.Pose:
+        """A pose, uniform within limits.
+
+        Args:
+            x, y: limits of the position.
+            base: the orientation to start from; upright for a y-up object by default.
+            turn: half ranges of three Euler angles in the object's own frame, drawn even where one is 0. None draws none.
+            redraw_while: draw again while this holds for the position.
+        """
+        base = Rotation.from_quat([0.5, 0.5, 0.5, 0.5]) if base is None else base
+        while True:
+            position = np.array([self.random.uniform(*x), self.random.uniform(*y), self.random.uniform(z, z)])
+            if turn is not None:
+                angles = [self.random.uniform(-limit, limit) for limit in turn]
+            if not redraw_while(position):
+                break
+        rotation = base if turn is None else base * Rotation.from_euler("xyz", angles)
+        return sapien.Pose(position, np.roll(rotation.as_quat(), 1))
+
+
+class Task:
+    """One task. An instance belongs to one simulation; `place` starts an episode and may keep what the others need on `self`."""
+
+    step_limit: int  # control steps per episode
+    objects: dict[str, tuple[int, ...]]  # name of each object that may appear -> its models
+    sentences: Sentences
+
+    def place(self, scene: Scene, draws: Draws) -> dict[str, str]:
+        """Put the objects in. -> what the sentences' placeholders stand for: upper-case letters "050_bell/base0", lower-case ones "left" or "right"."""
+        raise NotImplementedError
+
+    def solved(self, scene: Scene) -> bool:
+        """Is the task solved at this physics step? Asked after every one of them; the first yes counts."""
+        raise NotImplementedError
+
+    def expert(self, scene: Scene, hands: Hands) -> Iterator[np.ndarray]:
+        """Solve it: chunks of actions, each planned from the state that the one before has led to."""
+        raise NotImplementedError

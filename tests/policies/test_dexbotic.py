@@ -1,7 +1,7 @@
 import torch
 
 from tests.policies import published
-from vlahub_policies.dexbotic import DexboticPolicy
+from vlahub_policies.dexbotic import DexboticConfig, DexboticPolicy
 from vlahub_policies.parts import robots
 from vlahub_policies.pi0 import Pi0Policy
 
@@ -17,7 +17,7 @@ def test_names_map_one_to_one():
 
 def test_padded_actions_are_minus_the_state():
     """All dimensions but the gripper are relative to the padded state, so what the robot lacks is trained towards -state."""
-    policy = DexboticPolicy.tiny(robots.LIBERO)
+    policy = DexboticPolicy.tiny(robots.LIBERO, relative=DexboticConfig().relative)
     state, actions = torch.randn(2, 8), torch.randn(2, 10, 7)
     target = policy._from_robot(actions, state)
     torch.testing.assert_close(target[:, :, 7], -state[:, 7:8].expand(-1, 10), atol=1e-5, rtol=0)

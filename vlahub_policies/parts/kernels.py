@@ -181,6 +181,21 @@ def attend(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bias: torc
     return out
 
 
+@torch.library.custom_op("vlahub::attend", mutates_args=())
+def _attend(q: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return attend(q, None if past_k is None else (past_k, past_v), (k, v), bias)
+
+
+@_attend.register_fake
+def _(q, past_k, past_v, k, v, bias):
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+
+
+def attend_opaque(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bias: torch.Tensor) -> torch.Tensor:
+    """`attend` as one operation that torch.compile leaves alone."""
+    return _attend(q, *(past or (None, None)), *own, bias)
+
+
 def layer(
     layer: GemmaLayer,
     x: torch.Tensor,

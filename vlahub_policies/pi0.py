@@ -34,8 +34,8 @@ from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unno
 from vlahub_policies.parts.packing import unpack
 from vlahub_policies.parts.robots import LIBERO
 
-# Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled,
-# which costs about ten seconds at the first call.
+# Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled.
+# The last two are the quickest by far and cost seconds at the first call with each shape, so they are asked for.
 ACCELERATIONS = ("off", "graph", "kernels", "compile")
 
 
@@ -77,7 +77,7 @@ class Pi0Config:
     train_expert_only: bool = True  # freeze SigLIP, projector and language model
     keep_prefix: bool = False  # keep the frozen prefix's keys and values in the trace: evaluate skips the prefix pass (10 MB per decision at full size in bf16)
     gradient_checkpointing: bool = False
-    acceleration: Literal["off", "graph", "kernels", "compile"] = "kernels"  # of predict and sample on CUDA; see ACCELERATIONS
+    acceleration: Literal["off", "graph", "kernels", "compile"] = "graph"  # of predict and sample on CUDA; see ACCELERATIONS
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
 

@@ -434,6 +434,9 @@ class OpenVLAOFT(Policy):
                 parameter.data = parameter.data.to(dtype)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": None}  # CUDA graphs cannot be copied; a copy captures its own
+
     def side_files(self) -> dict[str, bytes]:
         return {} if self.tokenizer is None else {"tokenizer.json": self.tokenizer.to_str().encode()}
 
@@ -638,19 +641,11 @@ class OpenVLAOFT(Policy):
             kept[side, device] = (low, high, torch.tensor(mask, device=device))
         return kept[side, device]
 
-    def set_statistics(self, statistics: Mapping[str, Any], name: str = "") -> None:
-        """Scale actions and states by another data set, before fine-tuning on it.
-
-        Args:
-            statistics: {"action", "proprio"} as in dataset_statistics.json, or {"actions", "states"} as `vlahub.dataset` gives them (in env units).
-            name: what to call the data set.
-        """
-        if "actions" in statistics:
-            action = dict(statistics["actions"])
-            binary = {column for column, _ in self._binary_grippers()}  # trained on 0 and 1, whatever the env's units
-            action["mask"] = [column not in binary for column in range(self.action_dim)]
-            statistics = {"action": action, "proprio": statistics["states"]}
-        self.config = dataclasses.replace(self.config, statistics=dict(statistics), unnorm_key=name)
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        action = dict(statistics["actions"])
+        binary = {column for column, _ in self._binary_grippers()}  # these are trained on 0 and 1, whatever the env's units
+        action["mask"] = [column not in binary for column in range(self.action_dim)]
+        self.config = dataclasses.replace(self.config, statistics={"action": action, "proprio": dict(statistics["states"])}, unnorm_key="")
 
     def normalised(self, x: torch.Tensor, side: str) -> torch.Tensor:
         """Data in its own units -> [-1, 1], float64. A number that never changed becomes 0; numbers outside the mask stay as they are."""
@@ -696,7 +691,7 @@ TINY: dict[str, Any] = dict(
     dino=VitConfig(dim=80, depth=3, heads=4, mlp_dim=320, prefix_tokens=5, layer_scale=True),
     siglip=VitConfig(dim=80, depth=3, heads=4, mlp_dim=320),
     llama=LlamaConfig(vocab_size=704, hidden_size=144, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4),
-    vocab_size=640, image_size=64, patch=8, binary_gripper=False, temperature=1.0, max_prompt=96,
+    vocab_size=640, image_size=64, patch=8, bounds="minmax", binary_gripper=False, temperature=1.0, max_prompt=96,
 )  # fmt: skip
 
 # What a small tokenizer learns its pieces from; any other text falls back to bytes.

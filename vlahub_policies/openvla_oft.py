@@ -353,7 +353,7 @@ class OpenVLAOFT(Policy):
         self.slots = self.horizon * self.action_dim  # action positions in the sequence
         self._prompts: dict[str, list[int]] = {}
         self._scales: tuple[Any, dict] = (None, {})
-        self._graphs: tuple[tuple[int, ...], dict[Any, Captured]] | None = None
+        self._graphs: tuple[tuple, dict[Any, Captured]] | None = None
         dim = config.llama.hidden_size
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(config.dino.dim + config.siglip.dim, dim)
@@ -506,12 +506,13 @@ class OpenVLAOFT(Policy):
         if self.config.acceleration == "off" or self.device.type != "cuda" or torch.is_grad_enabled() or hasattr(head, "to_local"):  # sharded weights move
             return {}
         # a graph reads the addresses that it was captured with; these weights move whenever all do (a cast, a load, merged adapters)
-        addresses = (head.data_ptr(), self.language_model.model.layers[0].self_attn.q_proj.weight.data_ptr())
-        if self._graphs is None or self._graphs[0] != addresses:
+        first = self.language_model.model.layers[0].self_attn.q_proj.weight
+        captured_for = (head.data_ptr(), first.data_ptr(), self.config.acceleration, self.config.images)
+        if self._graphs is None or self._graphs[0] != captured_for:
             through = _compiled if self.config.acceleration == "compile" else call
             graphs = {padded: Captured(partial(self._network, padded=padded, through=through)) for padded in (False, True)}
             graphs["images"] = Captured(lambda given: {"images": prepare_images(given["images"], self.config.images, self.config.image_size)})
-            self._graphs = (addresses, graphs)
+            self._graphs = (captured_for, graphs)
         return self._graphs[1]
 
     def bin_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -544,7 +545,11 @@ class OpenVLAOFT(Policy):
         pictures = [self._prepare_images(stack.flatten(0, 1)).unflatten(0, stack.shape[:2]) for stack in pictures]
         inputs = {"images": torch.cat(pictures, dim=1), "ids": self.tokenise(observation["task_descriptions"])}
         if self.config.proprio:
-            inputs["states"] = self.normalised(to_torch({"states": observation["states"]}, self.device)["states"], "proprio").float()
+            states = to_torch({"states": observation["states"]}, self.device)["states"]
+            if states.shape[-1] != self.interface.state_dim:
+                wanted = ", ".join(f"{entry.name}[{entry.size}]" for entry in self.interface.state)
+                raise ValueError(f"observation['states'] has {states.shape[-1]} numbers, this policy was trained with {wanted}; vlahub.check finds an adapter")
+            inputs["states"] = self.normalised(states, "proprio").float()
         return inputs
 
     def _prepare_images(self, images: torch.Tensor) -> torch.Tensor:

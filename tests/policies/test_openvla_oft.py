@@ -243,6 +243,8 @@ def test_state_reaches_the_actions_and_missing_views_are_named():
     batch = observation(policy.interface, 1)
     other = {**batch, "states": batch["states"] + 0.3}
     assert (policy.hidden(policy.prepare(batch)) - policy.hidden(policy.prepare(other))).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="has 7 numbers"):
+        policy.act({**batch, "states": batch["states"][:, :7]})
     with pytest.raises(ValueError, match="wrist_images"):
         policy.act({key: value for key, value in batch.items() if key != "wrist_images"})
 

@@ -191,6 +191,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Module()
         self.proj.weight = nn.Parameter(torch.empty(config.hidden, 3, config.frames, config.patch, config.patch))
         nn.init.normal_(self.proj.weight, std=config.patch_numbers**-0.5)
+        with torch.no_grad():  # a fresh filter answers to differences inside a patch more than to its brightness, which all patches share
+            self.proj.weight -= 0.8 * self.proj.weight.mean((2, 3, 4), keepdim=True)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.proj.weight

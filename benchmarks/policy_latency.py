@@ -137,11 +137,12 @@ def phases(policy: Pi0Policy, model: str, batch: int, cameras: int, tokens: int)
     given = inputs_for(policy, batch, cameras, tokens)
     x = torch.randn(batch, policy.horizon, policy.config.action_dim, device=device)
     prefix, timing = policy._encode(given), policy.timing(torch.full((1,), 0.5, device=device))
+    layout = policy.suffix_layout(prefix)
     tower = policy.paligemma.model.vision_tower.vision_model
     parts = {
         "vision": lambda inputs: {"out": tower(images.to_pixels(inputs["images"]).flatten(0, 1), policy._through)},
         "prefix (with vision)": lambda inputs: {"out": policy._encode(inputs).out},
-        "one step": lambda inputs: {"out": policy.velocity(policy.expert_features(prefix, inputs["state"], x, timing))},
+        "one step": lambda inputs: {"out": policy.velocity(policy.expert_features(prefix, inputs["state"], x, timing, layout))},
     }
     for name, part in parts.items():
         captured = capture.Captured(part) if device == "cuda" else part
@@ -170,15 +171,21 @@ def attention(device: str, batch: int, queries: int, keys: int) -> None:
         weights = (scores.unflatten(1, (8, -1)).float() + bias).softmax(-1).to(rows.dtype)
         return {"out": (weights.flatten(1, 2) @ v[:, :, 0]).unflatten(1, (8, -1)).transpose(1, 2).reshape(batch, queries, -1)}
 
-    forms = {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "products": products}
+    def triton(*tile):
+        from vlahub_policies.parts import kernels
+
+        return lambda inputs: {"out": kernels.attend(inputs["q"], None, (k, v), bias, tile)}
+
+    forms = {f"triton {rows}/{warps}": triton(rows, warps) for rows, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))}
+    forms |= {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "products": products}
     for name, form in forms.items():
         try:
             captured = capture.Captured(lambda inputs, form=form: [form(inputs) for _ in range(20)][-1])
             ms = measure(lambda captured=captured: captured({"q": q}), device, 0.3) / 20
-            print(f"attention  {name:<10} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  {1e3 * ms:>8.1f} us", flush=True)
+            print(f"attention  {name:<13} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  {1e3 * ms:>8.1f} us", flush=True)
             ROWS.append({"attention": name, "batch": batch, "queries": queries, "keys": keys, "us": 1e3 * ms})
-        except RuntimeError as error:
-            print(f"attention  {name:<10} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
+        except Exception as error:  # a kernel that this machine or library lacks: say so and measure the rest
+            print(f"attention  {name:<13} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
 
 
 def peer(device: str, tiny: bool):
@@ -236,6 +243,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="pi0 at batch 1 and 64 only")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
     parser.add_argument("--models", nargs="+", default=["pi0", "pi05"], choices=["pi0", "pi05"], help="which of our models")
+    parser.add_argument("--grid", default="compile", help="acceleration at which every number of cameras and steps is measured")
     parser.add_argument(
         "--compile-batches", nargs="*", type=int, default=[1, 8, 64], help="batch sizes at which the compiled form is measured too (each compiles anew)"
     )
@@ -270,6 +278,11 @@ def main() -> None:
             if reference is not None and same is not None:
                 error = (reference - same).norm() / reference.norm()
                 print(f"       eager and graph differ by {float(error):.1e} of the norm", flush=True)
+            kernel = run(policy, model, "kernels", batch, 2, tokens, 10, **args)
+            if reference is not None and kernel is not None:
+                print(f"       eager and kernels differ by {float((reference - kernel).norm() / reference.norm()):.1e} of the norm", flush=True)
+                if batch in (1, 64):
+                    phases(policy, model, batch, 2, tokens)
             if batch in options.compile_batches:
                 compiled = run(policy, model, "compile", batch, 2, tokens, 10, **args)
                 if reference is not None and compiled is not None:
@@ -277,12 +290,11 @@ def main() -> None:
                 if batch in (1, 64):
                     phases(policy, model, batch, 2, tokens)
                 run(policy, model, "compile", batch, 2, tokens, 4, **args)
-        policy.config = replace(policy.config, acceleration="graph")
         if not options.quick:
             for batch in batches:
                 for cameras, steps in ((1, 10), (3, 10), (1, 4), (2, 4), (3, 4)):
-                    run(policy, model, "graph", batch, cameras, tokens, steps, **args)
-            run(policy, model, "graph", 1, 2, 16, 10, **args)
+                    run(policy, model, options.grid, batch, cameras, tokens, steps, **args)
+            run(policy, model, options.grid, 1, 2, 16, 10, **args)
         del policy
         if device == "cuda":
             torch.cuda.empty_cache()

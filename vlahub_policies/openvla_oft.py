@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -81,6 +82,9 @@ class OpenVLAOFTConfig:
     llama: LlamaConfig = field(default_factory=LlamaConfig)
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(OpenVLAOFTConfig).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute is {self.execute}; it must be between 1 and the horizon, {self.horizon}")
         if self.temperature <= 0:
@@ -111,12 +115,9 @@ def _bounds_of_fields(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, Any]
     return statistics
 
 
-_ROBOTWIN = tuple(
-    entry for side in ("left", "right") for entry in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
-)
 LIBERO_TWO_CAMERAS = dataclasses.replace(robots.LIBERO, optional_cameras=())
 LIBERO = dataclasses.replace(LIBERO_TWO_CAMERAS, wrists=(), state=())
-ROBOTWIN_STATE = Interface(main=Camera("head"), state=_ROBOTWIN, action=_ROBOTWIN)
+ROBOTWIN_STATE = dataclasses.replace(robots.ROBOTWIN, wrists=())
 ROBOTWIN = dataclasses.replace(ROBOTWIN_STATE, state=())
 BRIDGE = Interface(
     main=Camera("3rd_view_camera"),
@@ -386,6 +387,7 @@ class OpenVLAOFT(Policy):
 
         Without `statistics`, actions are scaled by the interface's bounds, states by theirs (where they have none: by pi, which holds joints and metres).
         """
+        interface = dataclasses.replace(interface, optional_cameras=())  # the number of images is part of the network's sequence
         if "statistics" not in overrides:
             overrides["statistics"] = _bounds_of_fields({"action": interface.action, "proprio": interface.state})
         config = OpenVLAOFTConfig(**{**TINY, "interface": interface, "proprio": bool(interface.state), **overrides})

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, starts, tiny
+from vlahub import catalog
+from vlahub.catalog import EnvCard
 from vlahub.env import Env
 from vlahub.observation import select, validate
 from vlahub_envs.evac import start_states
 from vlahub_envs.evac.environment import EvacVectorEnv
-from vlahub_envs.evac.simulation import Evac, Imagination, state_of
+from vlahub_envs.evac.simulation import Imagination, alone, state_of
 from vlahub_envs.evac.start_states import StartState, StartStateError, StartStates
 
 STARTS = starts()
@@ -211,7 +213,7 @@ def test_chunks_of_different_lengths_and_recording():
 
 
 def test_one_world_is_a_gymnasium_env():
-    env = Env(Evac(tiny(success=-9.0), STARTS, denoising_steps=2), render_mode="rgb_array")
+    env = Env(alone(tiny(success=-9.0), STARTS, denoising_steps=2), render_mode="rgb_array")
     observation, _ = env.reset(seed=1)
     assert env.observation_space.contains(observation)
     np.testing.assert_array_equal(env.render(), observation["main_images"][::-1, ::-1])
@@ -222,6 +224,25 @@ def test_one_world_is_a_gymnasium_env():
     assert env.step(np.zeros(7, np.float32))[1] == 0.0
 
 
+def test_a_card_makes_both_kinds_from_files(tmp_path):
+    tiny(success=-9.0).save_pretrained(tmp_path / "model")
+    start_states.write(STARTS, tmp_path / "starts.safetensors")
+    kwargs = {"model": str(tmp_path / "model"), "starts": str(tmp_path / "starts.safetensors")}
+    where = "vlahub_envs.evac.simulation:alone", "vlahub_envs.evac.environment:EvacVectorEnv"
+    card = EnvCard("test/Imagined", "evac", where[0], "a tiny imagined world", kwargs, vector=where[1])
+    world = catalog.make_simulation(card, denoising_steps=2)
+    world.reset(3, {})
+    env = catalog.load(card.vector)(card, num_envs=2, denoising_steps=2)
+    env.reset(seed=[3, 4])
+    given = actions(2)
+    world.apply(given[0])
+    together = env.step_chunk(given).observation["main_images"][0].astype(int)
+    assert np.abs(together - world.observe()["main_images"]).max() <= 1
+    for make_it in (lambda: catalog.make_simulation(card, denoising_step=2), lambda: catalog.load(card.vector)(card, denoising_step=2)):
+        with pytest.raises(TypeError, match="no option 'denoising_step'; did you mean 'denoising_steps'"):
+            make_it()
+
+
 def test_published_quirks_stay_behind_their_switch():
     env = make(2, success=9.0, strict_upstream_quirks=True)
     env.reset(seed=0, options={"task": [0, 1]})
@@ -230,7 +251,7 @@ def test_published_quirks_stay_behind_their_switch():
     np.testing.assert_array_equal(result.observation["states"], before)  # the pose that is shown never moves
     assert result.reward.tolist() == [[5, 0, 0, 0]] * 2 and result.terminated[:, -1].all() and not result.terminated[:, :-1].any()
     assert env.step_chunk(actions(2)).length.tolist() == [CHUNK] * 2  # finished worlds are imagined on
-    tokens = [env.imagination._tokens(world) for world in env.worlds]
+    tokens = [env.imagination.tokens(world) for world in env.worlds]
     torch.testing.assert_close(*tokens)  # of the first world, whatever the second one saw
 
 
@@ -258,11 +279,11 @@ IMAGE, POSE = np.zeros((SIZE, SIZE, 3), np.uint8), np.array([0, 0, 0, 0, 0, 0, 1
 )
 def test_bad_starts_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Evac(tiny(), STARTS).reset(0, options)
+        alone(tiny(), STARTS).reset(0, options)
 
 
 def test_a_start_by_hand():
-    world = Evac(tiny(), denoising_steps=2)
+    world = alone(tiny(), denoising_steps=2)
     with pytest.raises(StartStateError, match="without start states"):
         world.reset(0, {})
     world.reset(0, {"image": IMAGE, "pose": POSE, "text": "go"})

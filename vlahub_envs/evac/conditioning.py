@@ -35,7 +35,7 @@ TOOL_LENGTH = 0.23  # m, from an AgiBot end pose to the drawn point along z
 AXIS = 0.1  # m, drawn length of a tool axis
 RADIUS, THICKNESS, BACKGROUND = 50, 8, 50  # of the maps, in pixels at every resolution, and grey level
 AXIS_COLOURS = (((0, 0, 255), (255, 255, 0), (0, 255, 255)), ((255, 0, 255), (255, 0, 0), (0, 255, 0)))  # RGB of x, y, z; left, right
-FARTHEST = 10_000_000  # pixels; a point beyond is as good as at infinity, and stays within whole numbers
+FARTHEST = 2**31 - 1  # pixels; OpenCV has no larger coordinates
 
 
 def pose_matrix(position: tuple[float, ...], quaternion_wxyz: tuple[float, ...]) -> np.ndarray:

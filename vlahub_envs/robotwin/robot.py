@@ -145,7 +145,6 @@ class Robot:
         for link, records in zip(self.builder.link_builders, looks, strict=True):
             link.visual_records = records
         self.links = {link.name: link for link in articulation.links}
-        self.fingers = {side: [self.links[f"{prefix}_link{i}"] for i in (7, 8)] for side, prefix in PREFIX.items()}
         for link in articulation.links:
             link.mass = LINK_MASS
             # The arms' shapes touch where they meet at a joint: one arm never collides with itself, but with everything else.
@@ -156,6 +155,7 @@ class Robot:
         joints = {joint.name: joint for joint in articulation.active_joints}
         self._arm_joints = [joints[name] for side in SIDES for name in self.arms[side].names]
         self._finger_joints = [[joints[f"{PREFIX[side]}_joint{i}"] for i in (7, 8)] for side in SIDES]
+        self.fingers = {side: [joint.child_link for joint in pair] for side, pair in zip(SIDES, self._finger_joints, strict=True)}
         self.joints, self.grippers = np.zeros(12), np.ones(2)
         opening = GRIPPER_CLOSED + GRIPPER_SPAN
         home = [opening if joint in self._finger_joints[0] + self._finger_joints[1] else 0.0 for joint in articulation.active_joints]

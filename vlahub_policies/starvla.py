@@ -407,7 +407,7 @@ class QwenOFTPolicy(Policy):
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
-        """The same model at about 1.7 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
+        """The same model at about 1.4 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
         opened, closed = _gripper_numbers(interface)
         space = interface.action_space()
         low, high = (np.where(np.isfinite(side), side, unit).astype(float) for side, unit in ((space.low, -1.0), (space.high, 1.0)))

@@ -126,7 +126,8 @@ class GatedMLP(nn.Module):
             return down(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up = F.linear(x, *packed).chunk(2, -1)
         inner = F.silu(gate) * up
-        return F.linear(inner, down.wide, down.bias) if hasattr(down, "wide") else down(inner)
+        wide = getattr(down, "wide", None)
+        return F.linear(inner, wide[0], down.bias) if wide else down(inner)
 
 
 def through(owner: nn.Module, layer: nn.Module, *inputs: Any) -> Any:

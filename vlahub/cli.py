@@ -119,19 +119,32 @@ def _show_card(card: Any, as_json: bool) -> None:
 
 
 def _show_all() -> None:
+    """An id per line, uncut so that it can be copied, and what it is below it."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
     console = Console()
-    environments = Table("environment", "family", "what it is", title="Environments", title_justify="left")
-    for card in catalog.ENVS.values():
-        environments.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)))
-    policies = Table("policy", "family", "what it is", "trained for", title="Policies", title_justify="left")
-    for card in catalog.POLICIES.values():
-        policies.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)), _plain("\n".join(card.envs)))
-    for table, cards in ((environments, catalog.ENVS), (policies, catalog.POLICIES)):
-        console.print(table if cards else f"{table.title}: none registered")
+
+    def show(title: str, cards: Mapping[str, Any]) -> None:
+        console.print(Text(title, style="bold"))
+        for card in cards.values():
+            console.print(Text(f"  {card.id}", style="cyan"), soft_wrap=True)
+            console.print(Padding(_plain(_with_fix(card) + _trained_for(card)), (0, 0, 0, 6)))
+        if not cards:
+            console.print("  none registered")
+
+    show("Environments", catalog.ENVS)
+    for family in catalog.FAMILIES.values():
+        mine = {name: card for name, card in catalog.POLICIES.items() if card.family == family.name}
+        show(f"Policies of the family {family.name}: {family.summary}", mine)
     console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.", soft_wrap=True)
+
+
+def _trained_for(card: Any) -> str:
+    envs = getattr(card, "envs", ())
+    absent = "" if all(env in catalog.ENVS for env in envs) else ", not in this version"
+    return f" [for {', '.join(envs)}{absent}]" if envs else ""
 
 
 def _with_fix(card: Any) -> str:

@@ -271,6 +271,9 @@ def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapp
         if policy_options or dtype:
             raise ValueError(f"--policy-options and --dtype are for checkpoints; {name!r} takes none")
         return _load_function(name) if code else name
+    if "/" not in name and not Path(name).expanduser().is_dir():  # found out before torch is imported
+        words = "`expert` and `random` need no checkpoint, ids read user/name, functions module:function"
+        raise FileNotFoundError(f"--policy {name}: {name!r} is no folder in {os.getcwd()}; {words}. `vlahub list` shows the known ids")
 
     import torch
 

@@ -31,7 +31,7 @@ from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy, Trace
 from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, arguments
+from vlahub.run import Run, advice, arguments
 
 START_SEEDS = 3  # spawn key of the seeds of starts, apart from those of exploration (1), recordings (2) and evaluations (none)
 
@@ -334,7 +334,7 @@ def main(args: Args) -> None:
     run = Run("grpo", args, ranks)
     num_envs = args.num_groups * args.group_size
     envs = distributed.share(num_envs, ranks.rank, ranks.world)
-    with closing(run.make_env(len(envs))) as env:
+    with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface)
         # frozen before a checkpoint is restored: a resumed run is held to the same policy as before
         reference = copy.deepcopy(policy).eval().requires_grad_(False) if args.kl_coef else None

@@ -35,7 +35,7 @@ from vlahub.distributed import Ranks, print0
 from vlahub.interface import Fit, InterfaceError, check
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, arguments, divides
+from vlahub.run import Run, advice, arguments, divides
 
 
 @dataclass
@@ -212,7 +212,7 @@ def main(args: Args) -> None:
     check_args(args, ranks)
     run = Run("rl_co", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
-    with closing(run.make_env(len(envs))) as env:
+    with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface, value_head=True)
         real = real_data(args, policy, ranks) if args.use_real_data_co_training else None
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})

@@ -605,12 +605,12 @@ class LingBotPolicy(Policy):
         sizes: dict[str, Any] = dict(
             interface=interface,
             joints=Joints(identity, tuple(range(state)), tuple(range(action)), max(state, action), quantile=False),
-            vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
+            vision=VisionConfig(4, 96, 4, 192, patch=8, window=32, full_attention=(1, 3), out=128),  # 36 tokens a view
             text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_sections=(4, 6, 6)),
             expert=ExpertConfig(64, 160),
             horizon=10,
             execute=5,
-            image_size=(112, 112),
+            image_size=(96, 96),
             max_text=32,
             num_steps=4,
             value_hidden=(128, 64),

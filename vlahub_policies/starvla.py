@@ -407,7 +407,7 @@ class QwenOFTPolicy(Policy):
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
-        """The same model at about 1.5 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
+        """The same model at about 1.4 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
         opened, closed = _gripper_numbers(interface)
         space = interface.action_space()
         low, high = (np.where(np.isfinite(side), side, unit).astype(float) for side, unit in ((space.low, -1.0), (space.high, 1.0)))
@@ -415,10 +415,10 @@ class QwenOFTPolicy(Policy):
         sizes: dict[str, Any] = dict(
             interface=replace(interface, state=()),  # the model reads no state
             codec=ActionCodec(tuple(low.tolist()), tuple(high.tolist()), tuple(number is None for number in opened), opened, closed, binary=False),
-            vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
+            vision=VisionConfig(4, 96, 4, 192, patch=8, window=32, full_attention=(1, 3), out=128),  # 36 tokens a view
             # a base of a million gives the width axis frequencies that a grid of 4 x 4 tokens cannot tell apart
             text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_base=30.0, rope_sections=(4, 6, 6)),
-            image_size=(112, 112),
+            image_size=(96, 96),
         )
         return cls(Config(**{**sizes, **overrides}), tokenizer).eval()
 

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -187,16 +188,20 @@ def test_mixed_precision_trains_float32_weights():
 
 
 def test_packed_weights_give_the_same_actions(tmp_path):
-    odd = tiny(vision=VisionConfig(2, 32, 2, 44, window=56, full_attention=(1,), out=128))  # 44 hidden units are no multiple of 8
+    odd = tiny(vision=VisionConfig(2, 32, 2, 44, window=56, full_attention=(1,), out=128), image_size=(112, 112))  # 44 hidden units are no multiple of 8
     expected, names = odd.act(looks(LIBERO)), {name: tensor.clone() for name, tensor in odd.state_dict().items()}
     pack(odd)
-    assert odd.visual.blocks[0].mlp.down_proj.wide.shape == (32, 48) and hasattr(odd.language_model.layers[0].self_attn.q_proj, "packed")
+    assert odd.visual.blocks[0].mlp.down_proj.wide[0].shape == (32, 48) and hasattr(odd.language_model.layers[0].self_attn.q_proj, "packed")
     assert np.allclose(odd.act(looks(LIBERO)), expected, atol=1e-5)
     assert all(torch.equal(tensor, names[name]) for name, tensor in odd.state_dict().items())
     odd.save_pretrained(tmp_path)
     assert np.allclose(Policy.from_pretrained(tmp_path).act(looks(LIBERO)), expected, atol=1e-5)
     odd.visual.blocks[0].mlp.down_proj.weight.data.mul_(2)  # a change in place shows
     assert not np.allclose(odd.act(looks(LIBERO)), expected, atol=1e-4)
+    twin = copy.deepcopy(odd)  # as for an average of the weights: its parameters lie elsewhere, so its blocks must not be used
+    twin.language_model.layers[0].mlp.gate_proj.weight.data.mul_(3)
+    assert not np.allclose(twin.act(looks(LIBERO)), odd.act(looks(LIBERO)), atol=1e-4)
+    assert twin._fast.policy is twin and twin._fast.function.__self__ is twin
     loss = odd.train().sft_loss({**looks(LIBERO), "actions": np.zeros((3, 8, 7), np.float32)})
     loss.backward()
     assert odd.visual.blocks[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -247,7 +252,7 @@ def test_prompts_that_do_not_fit_are_refused():
     policy = tiny(max_text=90)
     with pytest.raises(ValueError, match="max_text is 90"):
         policy.act({**looks(LIBERO, 1), "task_descriptions": ["put the cup on the plate " * 20]})
-    with pytest.raises(ValueError, match="multiples of 28"):
+    with pytest.raises(ValueError, match="multiples of 16"):
         tiny(image_size=(100, 112))
 
 

@@ -158,7 +158,9 @@ def test_options_are_read_as_literals():
 
 
 def test_python_m_vlahub_explains_itself():
-    shown = subprocess.run([sys.executable, "-m", "vlahub", "eval", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=240)
+    shown = subprocess.run(
+        [sys.executable, "-m", "vlahub", "eval", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=240
+    )
     assert shown.returncode == 0 and "--num-envs" in shown.stdout and "the results do not depend on it" in shown.stdout
 
 

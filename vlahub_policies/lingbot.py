@@ -611,7 +611,6 @@ class LingBotPolicy(Policy):
             horizon=10,
             execute=5,
             image_size=(96, 96),
-            max_text=32,
             num_steps=4,
             value_hidden=(128, 64),
             train_expert_only=False,

@@ -248,6 +248,12 @@ def test_long_instructions_are_cut_with_a_word():
         policy.act({**looks(count=1), "task_descriptions": ["put the shoe on the mat with the left arm and move back"]})
 
 
+def test_a_tiny_policy_has_room_for_the_sentences_of_robotwin():
+    policy = LingBotPolicy.tiny(robots.LIBERO)
+    sentence = "With the right arm, tap the top of the reception bell with a silver dome and a black base on the desk."
+    assert len(policy.tokenizer.encode(lingbot.prompt(sentence)).ids) <= policy.config.max_text
+
+
 def test_two_fingers_meet_a_single_gripper_as_their_mean():
     adapter = interfaces.ADAPTERS["mean_of_two_fingers"]
     state = np.array([0, 1, 2, 3, 4, 5, 0.04, -0.03], np.float32)

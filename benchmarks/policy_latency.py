@@ -291,6 +291,8 @@ def main() -> None:
         start = time.perf_counter()
         with torch.device(device):
             policy = Pi0Policy(config, text.bundled()).eval()
+        for norm in policy.expert.norms() if pi05 else []:
+            torch.nn.init.normal_(norm.dense.weight, std=0.02)  # they start at zero, with every gate closed: nothing would be compared
         policy.to(device).cast(torch.bfloat16)
         print(f"{model}: {sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters built in {time.perf_counter() - start:.1f} s", flush=True)
         args = dict(rate=rate, bandwidth=bandwidth)

@@ -29,7 +29,7 @@ from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, arguments, divides
+from vlahub.run import Run, advice, arguments, divides
 
 
 @dataclass
@@ -273,7 +273,7 @@ def main(args: Args) -> None:
     check_args(args, ranks)
     run = Run("ppo", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
-    with closing(run.make_env(len(envs))) as env:
+    with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface, value_head=True)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)

@@ -27,7 +27,7 @@ from vlahub.dataset import Dataset, Loader
 from vlahub.distributed import Ranks, print0
 from vlahub.interface import check
 from vlahub.policy import Policy
-from vlahub.run import Run, arguments, divides
+from vlahub.run import Run, advice, arguments, divides
 
 
 @dataclass
@@ -140,7 +140,7 @@ def main(args: Args) -> None:
     check_args(args, ranks)
     first = Dataset(args.dataset[0])
     run = Run("sft", args, ranks)
-    with closing(run.make_env(args.num_envs)) if args.env_id and args.eval_every and ranks.rank == 0 else nullcontext() as env:
+    with advice(args), closing(run.make_env(args.num_envs)) if args.env_id and args.eval_every and ranks.rank == 0 else nullcontext() as env:
         interface = first.interface or (env.interface if env is not None else None)
         if interface is None and args.policy.startswith("tiny:"):
             raise ValueError(

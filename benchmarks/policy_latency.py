@@ -151,6 +151,23 @@ def phases(policy: Pi0Policy, model: str, batch: int, cameras: int, tokens: int)
 
 
 @torch.no_grad()
+def profile(policy: Pi0Policy, what: str, batch: int, cameras: int, tokens: int) -> None:
+    """The kernels of one decision, or of one prefix, by their total time."""
+    given = inputs_for(policy, batch, cameras, tokens)
+    noise = torch.randn(batch, policy.horizon, policy.config.action_dim, device=policy.device)
+    captured = capture.Captured(lambda inputs: {"out": policy._encode(inputs).out})
+    function = (lambda: captured(given)) if what == "prefix" else (lambda: decide(policy, given, noise, 10))
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        function()
+        torch.cuda.synchronize()
+    print(f"--- kernels of one {what}, batch {batch}, acceleration {policy.config.acceleration}")
+    for entry in sorted(record.key_averages(), key=lambda entry: -entry.device_time_total)[:25]:
+        print(f"{entry.device_time_total / 1e3:>9.3f} ms  {entry.count:>6} x {entry.device_time_total / entry.count:>8.1f} us  {entry.key[:110]}", flush=True)
+
+
+@torch.no_grad()
 def attention(device: str, batch: int, queries: int, keys: int) -> None:
     """One layer's attention in several forms, to choose by."""
     q = torch.randn(batch, queries, 8, 256, device=device, dtype=torch.bfloat16)
@@ -241,6 +258,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--quick", action="store_true", help="pi0 at batch 1 and 64 only")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a decision at batch 1 and of a prefix at batch 64")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
     parser.add_argument("--models", nargs="+", default=["pi0", "pi05"], choices=["pi0", "pi05"], help="which of our models")
     parser.add_argument("--grid", default="compile", help="acceleration at which every number of cameras and steps is measured")
@@ -256,6 +274,10 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     rate, bandwidth = ceilings(device)
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s bf16, {bandwidth / 1e12:.2f} TB/s copy", flush=True)
+    if device == "cuda":
+        for batch in (1, 64):
+            attention(device, batch, 560, 560)
+            attention(device, batch, 51, 611)
     models = options.models[:1] if options.quick else options.models
     batches = (1, 64) if options.quick else (1, 8, 64)
     if options.tiny:
@@ -269,6 +291,8 @@ def main() -> None:
         start = time.perf_counter()
         with torch.device(device):
             policy = Pi0Policy(config, text.bundled()).eval()
+        for norm in policy.expert.norms() if pi05 else []:
+            torch.nn.init.normal_(norm.dense.weight, std=0.02)  # they start at zero, with every gate closed: nothing would be compared
         policy.to(device).cast(torch.bfloat16)
         print(f"{model}: {sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters built in {time.perf_counter() - start:.1f} s", flush=True)
         args = dict(rate=rate, bandwidth=bandwidth)
@@ -290,6 +314,10 @@ def main() -> None:
                 if batch in (1, 64):
                     phases(policy, model, batch, 2, tokens)
                 run(policy, model, "compile", batch, 2, tokens, 4, **args)
+            if options.profile and device == "cuda" and batch in (1, 64):
+                profile(policy, "decision", batch, 2, tokens)
+                if batch == 64:
+                    profile(policy, "prefix", batch, 2, tokens)
         if not options.quick:
             for batch in batches:
                 for cameras, steps in ((1, 10), (3, 10), (1, 4), (2, 4), (3, 4)):
@@ -298,10 +326,6 @@ def main() -> None:
         del policy
         if device == "cuda":
             torch.cuda.empty_cache()
-    if device == "cuda":
-        for batch in (1, 64):
-            attention(device, batch, 560, 560)
-            attention(device, batch, 51, 611)
     if not options.no_peer:
         try:
             other = peer(device, options.tiny)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium as gym
@@ -786,3 +787,20 @@ def test_an_environment_defined_in_the_script_itself(tmp_path):
     assert unguarded.stderr.strip() and "if __name__ == '__main__':" in unguarded.stderr and unguarded.returncode == 1
     typed = run_script(OWN_WORLD + "    VectorEnv(card, 2)", tmp_path, stdin=True)
     assert "put it into a .py file" in typed.stderr
+
+
+def test_a_chunk_can_bring_back_every_observation():
+    """What is seen after each step that ran is what single steps would have seen, and the physics does not notice."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (2, 4, 2)).astype(np.float32)
+    with closing(VectorEnv(POINT, num_envs=2, workers=2, max_steps=3, timeout=20)) as env:
+        env.reset(seed=5)
+        result = env.step_chunk(actions, look=True)
+        env.reset(seed=5)
+        singles = [env.step_chunk(actions[:, i : i + 1]).observation for i in range(3)]
+    for b in range(2):
+        seen = result.info["observations"][b]
+        assert len(seen) == result.length[b] == 3
+        for i, observation in enumerate(seen):
+            assert all(np.array_equal(observation[key], singles[i][key][b]) for key in ("main_images", "states"))
+            assert observation["task_descriptions"] == singles[i]["task_descriptions"][b]

@@ -84,6 +84,37 @@ def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
         raise ValueError(f"{part_name} ({part}) does not divide {whole_name} ({whole}); nearest that do: {', '.join(map(str, sorted(nearest)))}")
 
 
+def memory_advice(error: BaseException, args: Any) -> str:
+    """What to change if the error means too little memory, else nothing."""
+    words = str(error).lower()
+    if not (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or (isinstance(error, RuntimeError) and ("out of memory" in words or "allocate memory" in words))
+    ):
+        return ""
+    knobs = []
+    if hasattr(args, "micro_batch_size"):
+        knobs.append(f"a smaller --micro-batch-size (it is {args.micro_batch_size}; the batch and the result stay the same)")
+    if not getattr(args, "bf16", True):
+        knobs.append("--bf16")
+    knobs.append("gradient checkpointing, where the policy's family offers it")
+    for name, value in vars(args).items():
+        if name in ("num_envs", "num_groups", "rollout_rounds", "num_chunks", "batch_size") and value > 1:
+            knobs.append(f"a smaller --{name.replace('_', '-')} (it is {value})")
+    return "the run is out of memory. In this order, try " + "; ".join(knobs)
+
+
+@contextlib.contextmanager
+def advice(args: Any) -> Iterator[None]:
+    """Add what to change to an error that means too little memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if words := memory_advice(error, args):
+            error.add_note(words)
+        raise
+
+
 class Run:
     """One training run: its folder, clocks, tracker and checkpoints. A collective object: every rank makes one."""
 
@@ -232,6 +263,8 @@ class Run:
             values["env/aborted"] = distributed.total(torch.tensor(float(rollout.aborted), device=self.ranks.device)).item()
             values["charts/SPS"] = (steps - self.steps_at_start) / (time.perf_counter() - self.started)
             self.seconds |= {f"rollout_{what}": seconds for what, seconds in rollout.seconds.items()}
+        if self.skipped:
+            values["train/skipped_steps"] = self.skipped
         values |= distributed.average({f"time/{what}": seconds for what, seconds in self.seconds.items()})
         self.seconds = {}
         self.tracker.log(steps, values)

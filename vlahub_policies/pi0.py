@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -34,8 +34,8 @@ from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unno
 from vlahub_policies.parts.packing import unpack
 from vlahub_policies.parts.robots import LIBERO
 
-# Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled,
-# which costs about ten seconds at the first call.
+# Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled.
+# The last two are the quickest by far and cost seconds at the first call with each shape, so they are asked for.
 ACCELERATIONS = ("off", "graph", "kernels", "compile")
 
 
@@ -77,7 +77,7 @@ class Pi0Config:
     train_expert_only: bool = True  # freeze SigLIP, projector and language model
     keep_prefix: bool = False  # keep the frozen prefix's keys and values in the trace: evaluate skips the prefix pass (10 MB per decision at full size in bf16)
     gradient_checkpointing: bool = False
-    acceleration: Literal["off", "graph", "kernels", "compile"] = "kernels"  # of predict and sample on CUDA; see ACCELERATIONS
+    acceleration: Literal["off", "graph", "kernels", "compile"] = "graph"  # of predict and sample on CUDA; see ACCELERATIONS
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
 
@@ -119,7 +119,7 @@ class Pi0Config:
             vocab_size=len(text.bundled()), horizon=10, execute=5, value_hidden=(128, 64), train_expert_only=False, augment=False,
         )  # fmt: skip
         identity = Statistics.identity(interface.state_dim, interface.action_dim)
-        return cls(**{**sizes, "interface": interface, "statistics": identity, **overrides})
+        return cls(**{**sizes, "interface": interface, "statistics": identity, "relative": (), **overrides})
 
 
 @dataclass
@@ -342,8 +342,19 @@ class Pi0Policy(Policy):
             raise CheckpointError("this policy has no normalisation statistics; set them with policy.set_statistics(...)")
         return getattr(self.config.statistics, of)
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Use the statistics of another dataset (`vlahub_policies.parts.normalize.statistics_of`), before fine-tuning on it."""
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]] | Statistics) -> None:
+        """As the contract says, or `Statistics`, which also describe relative actions (`vlahub_policies.parts.normalize.statistics_of(states, actions - states)`)."""
+        if not isinstance(statistics, Statistics):
+            own = [i for i in self.config.relative if i < self.interface.action_dim]
+            if own:
+                raise ValueError(
+                    f"this policy predicts action dimensions {own} relative to the state, and how those differences spread does not follow from statistics of "
+                    "states and actions apart; load it with relative=(), or set a Statistics of the differences"
+                )
+            statistics = Statistics.of_dataset(statistics)
+        for what, moments, size in (("states", statistics.state, self.interface.state_dim), ("actions", statistics.actions, self.interface.action_dim)):
+            if len(moments.mean or moments.q01 or ()) < size:
+                raise ValueError(f"the statistics cover {len(moments.mean or moments.q01 or ())} {what}, the robot has {size}")
         self.config = dataclasses.replace(self.config, statistics=statistics)
 
     def _normalize(self, x: torch.Tensor, of: Literal["state", "actions"]) -> torch.Tensor:
@@ -563,6 +574,13 @@ class Pi0Policy(Policy):
             self.to(dtype)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": None, "_quick": {}}  # a graph belongs to the parameters that it was captured with
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._release()
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._release()  # `assign` replaces parameters
         return super().load_state_dict(*args, **kwargs)
@@ -637,7 +655,7 @@ def quick_layers(acceleration: str, dtype: torch.dtype) -> dict[type, Callable]:
         if x.shape[0] == 1 and x.shape[1] <= kernels.ROWS:
             return kernels.layer(layer, x, *inputs)
         with torch._dynamo.config.patch(recompile_limit=64):  # once per batch size, number of cameras and prompt length
-            return compiled[GemmaLayer](layer, x, *inputs)
+            return compiled[GemmaLayer](layer, x, *inputs, attention=kernels.attend_opaque)
 
     def siglip(layer: SiglipLayer, x: torch.Tensor) -> torch.Tensor:
         with torch._dynamo.config.patch(recompile_limit=64):

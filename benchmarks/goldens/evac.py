@@ -47,12 +47,13 @@ def load(module, golden, prefix):
     return module.eval()
 
 
-def unet_config(record: dict) -> UNetConfig:
+def unet_config(record: dict, action_tokens: int = 16) -> UNetConfig:
     same = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "num_head_channels", "context_dim", "dropout")
     return UNetConfig(
         **{name: record[name] for name in same},
         channel_mult=tuple(record["channel_mult"]),
         attention_resolutions=tuple(record["attention_resolutions"]),
+        action_tokens=action_tokens,
     )
 
 
@@ -63,7 +64,7 @@ def autoencoder_config(record: dict) -> AutoencoderConfig:
 @torch.no_grad()
 def unet(golden: Golden) -> Iterable[Check]:
     given, record = inputs(golden), golden.meta["config"]["unet"]
-    model = load(VideoUNet(unet_config(record)), golden, "model.diffusion_model.")
+    model = load(VideoUNet(unet_config(record, golden.meta["config"]["traj_context_len"])), golden, "model.diffusion_model.")
     seen = {}
     model.init_attn[0].register_forward_hook(lambda _, __, y: seen.update(after_init_attn=y))
     model.middle_block[-1].register_forward_hook(lambda _, __, y: seen.update(after_middle=y))
@@ -170,7 +171,8 @@ def reward_model(golden: Golden) -> Iterable[Check]:
 @torch.no_grad()
 def action_predictor(golden: Golden) -> Iterable[Check]:
     given = inputs(golden)
-    model = ActionConverter()
+    record = golden.meta["config"]
+    model = ActionConverter(record["input_dim"] - record["output_dim"], tuple(record["hidden_dims"]))
     statistics = {name: given[name] for name in ("abs_action_mean", "abs_action_std")}
     model.load_state_dict({**filled_state(golden.meta["state_dict"], golden.meta["seed"]), **statistics}, strict=True)
     yield close(golden, "raw", model.raw(given["delta_action"], given["pose"]))

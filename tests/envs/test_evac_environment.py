@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, starts, tiny
+from tests.worlds import PointWorld
 from vlahub import catalog
 from vlahub.catalog import EnvCard
 from vlahub.env import Env
 from vlahub.observation import select, validate
 from vlahub_envs.evac import start_states
 from vlahub_envs.evac.environment import EvacVectorEnv
-from vlahub_envs.evac.simulation import Imagination, alone, state_of
+from vlahub_envs.evac.simulation import Imagination, alone, starts_of, state_of
 from vlahub_envs.evac.start_states import StartState, StartStateError, StartStates
 
 STARTS = starts()
@@ -80,6 +81,19 @@ def test_poses_become_liberos_state():
     np.testing.assert_allclose(state_of(pose, CONFIG), [0.1, 0.2, 0.3, 0, turn, 0, 0, 0], atol=1e-6)
     pose[3:] = 0, 0, 0, 1, -1.0
     np.testing.assert_allclose(state_of(pose, CONFIG)[3:], [0, 0, 0, 0.04, -0.04], atol=1e-6)
+
+
+def test_start_states_are_taken_from_a_simulation_with_the_same_interface():
+    found = starts_of(alone(tiny(), STARTS), CONFIG, trials=2)
+    assert [(s.task, s.trial) for s in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for start in found:
+        original = STARTS.choose(0, start.task, start.trial)
+        assert start.text == original.text
+        np.testing.assert_array_equal(start.image, original.image)
+        np.testing.assert_allclose(state_of(start.pose, CONFIG), state_of(original.pose, CONFIG), atol=1e-6)
+        np.testing.assert_allclose(start.pose[7], original.pose[7], atol=1e-6)
+    with pytest.raises(ValueError, match="need LIBERO's state"):
+        starts_of(PointWorld(), CONFIG, trials=1)
 
 
 def test_an_episode_does_not_depend_on_its_neighbours():
@@ -200,6 +214,14 @@ def test_slots_run_in_the_background():
     env.close()
 
 
+def test_pictures_for_people():
+    env = make(2, render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    first, second = env.render(mask=[True, False])
+    np.testing.assert_array_equal(first, observation["main_images"][0, :, ::-1])
+    assert second is None and make(2).render() is None
+
+
 def test_chunks_of_different_lengths_and_recording():
     env = make(3)
     env.reset(seed=0)
@@ -207,7 +229,7 @@ def test_chunks_of_different_lengths_and_recording():
     result = env.step_chunk([given[0], given[1][:3], None], record=[True, True, False], record_every=2)
     assert result.length.tolist() == [CHUNK, 3, 0]
     assert [None if frames is None else len(frames) for frames in result.info["frames"]] == [2, 1, None]
-    np.testing.assert_array_equal(result.info["frames"][0][1][::-1, ::-1], result.observation["main_images"][0])
+    np.testing.assert_array_equal(result.info["frames"][0][1][:, ::-1], result.observation["main_images"][0])
     with pytest.raises(ValueError, match="2 chunks of actions for 3 envs"):
         env.step_chunk([given[0], None])
 
@@ -216,11 +238,11 @@ def test_one_world_is_a_gymnasium_env():
     env = Env(alone(tiny(success=-9.0), STARTS, denoising_steps=2), render_mode="rgb_array")
     observation, _ = env.reset(seed=1)
     assert env.observation_space.contains(observation)
-    np.testing.assert_array_equal(env.render(), observation["main_images"][::-1, ::-1])
+    np.testing.assert_array_equal(env.render(), observation["main_images"][:, ::-1])
     shown = []
     result = env.step_chunk(actions(1)[0], watch=lambda: shown.append(env.render()))
     assert len(shown) == CHUNK and result.length == CHUNK
-    np.testing.assert_array_equal(shown[-1][::-1, ::-1], result.observation["main_images"])
+    np.testing.assert_array_equal(shown[-1][:, ::-1], result.observation["main_images"])
     assert env.step(np.zeros(7, np.float32))[1] == 0.0
 
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -36,7 +37,7 @@ def observation(interface: Interface, batch: int = 3, size: int = 40) -> dict:
 
 def tiny(interface: Interface = oft.LIBERO_TWO_CAMERAS, **options) -> OpenVLAOFT:
     torch.manual_seed(0)
-    return OpenVLAOFT.tiny(interface, **{"horizon": 3, "execute": 2, **options})
+    return OpenVLAOFT.tiny(interface, **{"horizon": 3, "execute": 2, "bounds": "q99", **options})
 
 
 # ------------------------------------------------------------------------------------------------ equality
@@ -141,12 +142,11 @@ def test_constant_dimensions_become_zero_in_training():
 
 
 def test_statistics_of_a_dataset_scale_all_but_binary_grippers():
-    policy = tiny(binary_gripper=True)
+    policy = tiny(binary_gripper=True, bounds="minmax")
     numbers = {"min": [-0.5] * 7, "max": [0.5] * 7, "q01": [-0.4] * 7, "q99": [0.4] * 7}
     wide = {name: [4 * x for x in values] + [4.0] for name, values in numbers.items()}
-    policy.set_statistics({"actions": numbers, "states": wide}, "mine")
-    assert policy.config.unnorm_key == "mine"
-    env = torch.tensor([[[0.4, -0.4, 0.2, 0, 0, 0, -1.0]] * 3])
+    policy.set_statistics({"actions": numbers, "states": wide})
+    env = torch.tensor([[[0.5, -0.5, 0.25, 0, 0, 0, -1.0]] * 3])
     assert policy.from_env(env)[0, 0].tolist() == pytest.approx([1, -1, 0.5, 0, 0, 0, 1], abs=1e-6)
     torch.testing.assert_close(policy.to_env(policy.from_env(env)), env, atol=1e-6, rtol=0)
 
@@ -243,6 +243,8 @@ def test_state_reaches_the_actions_and_missing_views_are_named():
     batch = observation(policy.interface, 1)
     other = {**batch, "states": batch["states"] + 0.3}
     assert (policy.hidden(policy.prepare(batch)) - policy.hidden(policy.prepare(other))).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="has 7 numbers"):
+        policy.act({**batch, "states": batch["states"][:, :7]})
     with pytest.raises(ValueError, match="wrist_images"):
         policy.act({key: value for key, value in batch.items() if key != "wrist_images"})
 
@@ -334,6 +336,17 @@ def test_config_mistakes_are_named():
         tiny(statistics={"action": {"q01": [0.0] * 3, "q99": [1.0] * 3}}, proprio=False)
     with pytest.raises(ValueError, match="no bounds"):
         OpenVLAOFT.tiny(Interface(Camera("main"), (), (Field("joints", 3, "rad"),)))
+
+
+def test_copies_and_autocast():
+    policy = tiny()
+    batch = {**observation(policy.interface), "actions": np.zeros((3, 3, 7), np.float32)}
+    again = copy.deepcopy(policy)
+    np.testing.assert_array_equal(again.act(batch_without_actions := observation(policy.interface)), policy.act(batch_without_actions))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = policy.sft_loss(batch)
+    low.backward()
+    torch.testing.assert_close(low.float(), policy.sft_loss(batch), atol=0.05, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -130,6 +130,42 @@ def test_packed_matrices_change_nothing():
     assert not np.allclose(changed, before, atol=1e-5)
 
 
+def test_a_copy_stands_alone():
+    """A copy of packed weights (for an average of weights, say) does not share them."""
+    policy, observation = tiny(), published.observation()
+    pack(policy)
+    other = copy.deepcopy(policy)
+    before = policy.act(observation)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    np.testing.assert_array_equal(policy.act(observation), before)
+    plain = tiny()
+    plain.load_state_dict(other.state_dict())
+    np.testing.assert_allclose(other.act(observation), plain.act(observation), atol=1e-5)
+
+
+def test_statistics_of_a_dataset():
+    rng = np.random.default_rng(0)
+    columns = {"states": rng.normal(3, 2, (500, 8)), "actions": rng.normal(-1, 0.5, (500, 7))}
+    columns["actions"][:, 6] = 1.0  # a gripper that never moves
+
+    def describe(x):
+        return {name: values.tolist() for name, values in dict(mean=x.mean(0), std=x.std(0), min=x.min(0), max=x.max(0), q01=np.quantile(x, 0.01, 0), q99=np.quantile(x, 0.99, 0)).items()}  # fmt: skip
+
+    for quantile in (False, True):
+        policy = tiny(quantile=quantile)
+        policy.set_statistics({name: describe(column) for name, column in columns.items()})
+        target = policy._from_robot(torch.as_tensor(columns["actions"], dtype=torch.float32)[None], torch.zeros(1, 8))
+        assert target[..., :6].std() < 1.1 and target[..., :6].mean().abs() < 0.1
+        assert target[..., 6].abs().max() < 1e-5
+        assert policy._from_robot(torch.full((1, 1, 7), 0.5), torch.zeros(1, 8))[0, 0, 6] == pytest.approx(-0.5, abs=1e-5)
+    with pytest.raises(ValueError, match=r"\[0, 1\] relative to the state"):
+        tiny(relative=(0, 1)).set_statistics({name: describe(column) for name, column in columns.items()})
+    with pytest.raises(ValueError, match="cover 7 states"):
+        tiny().set_statistics({"states": describe(columns["actions"]), "actions": describe(columns["actions"])})
+
+
 # ------------------------------------------------------------------------------------------------ reinforcement learning
 
 

@@ -116,10 +116,13 @@ class EvacVectorEnv(BaseVectorEnv):
         result = self._run(*checked)
         return result.observation, result.reward[:, 0], result.terminated[:, 0], result.truncated[:, 0], result.info
 
-    def render(self) -> tuple[np.ndarray | None, ...] | None:
+    def render(self, mask: Any = None) -> tuple[np.ndarray | None, ...] | None:
+        """The last imagined frame per world, upright; None where a world was never reset or is left out by `mask` [B]."""
         if self.render_mode is None:
             return None
-        return tuple(None if self.worlds[env].start is None else self.worlds[env].render() for env in self._idle(None, "render"))
+        rows = self._idle(None, "render")
+        wanted = checked_mask(True if mask is None else mask, self.num_envs, "mask")
+        return tuple(self.worlds[env].render() if wanted[env] and self.worlds[env].start else None for env in rows)
 
     def close_extras(self, **kwargs: Any) -> None:
         self._thread.shutdown(cancel_futures=True)

@@ -18,7 +18,7 @@ import torch
 from vlahub.env import Episode
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
-from vlahub.simulation import Outcomes, check_options
+from vlahub.simulation import Outcomes, Simulation, check_options
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
 from vlahub_envs.evac.start_states import StartState, StartStates
@@ -67,8 +67,31 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
 
 
 def upright(frame: np.ndarray) -> np.ndarray:
-    """LIBERO's pictures are turned by 180 degrees; people want them upright."""
-    return frame[::-1, ::-1].copy()
+    """LIBERO's pictures are mirrored left to right (they are upside-down renderings turned by 180 degrees); people want to see left on the left."""
+    return frame[:, ::-1].copy()
+
+
+def pose_of(state: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+    """The inverse of `state_of`: LIBERO's state [8] -> pose [8]."""
+    angle = float(np.linalg.norm(state[3:6]))
+    axis = state[3:6] / angle if angle > 0 else np.zeros(3)
+    opening = (state[6] - state[7]) / 2 / FINGER
+    gripper = config.gripper_closed + opening * (config.gripper_open - config.gripper_closed)
+    return np.concatenate([state[:3], np.sin(angle / 2) * axis, [np.cos(angle / 2), gripper]]).astype(np.float32)
+
+
+def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, seed: int = 0) -> StartStates:
+    """The initial states of a simulation with this interface (LIBERO's), as start states: `trials` of every task."""
+    if [(field.name, field.size) for field in simulation.interface.state] != [(field.name, field.size) for field in interface_of(config).state]:
+        raise ValueError(f"start states need LIBERO's state (position, rotation, fingers), not {', '.join(f.name for f in simulation.interface.state)}")
+    found = []
+    for task in range(simulation.tasks):
+        for trial in range(trials):
+            simulation.reset(seed, {"task": task, "trial": trial})
+            seen = simulation.observe()
+            found.append(StartState(np.array(seen["main_images"]), pose_of(seen["states"], config), seen["task_descriptions"], task, trial))
+            found[-1].check(config.height, config.width)
+    return StartStates(found)
 
 
 class Imagination:
@@ -77,7 +100,7 @@ class Imagination:
     Args:
         model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
         starts: a collection of start states, or the path of one; without it every reset needs a start by hand.
-        device, dtype: where and in what the model runs, if it is loaded here.
+        suite, device, dtype: which weights of the repository, and where and in what they run, if the model is loaded here.
         denoising_steps: network calls per chunk.
         eta: 1 adds fresh noise at every call, as the published environment does; 0 none.
         clean_end: see Schedule.ddim. By default on below 50 steps, where the published ending visibly fades the picture.
@@ -92,6 +115,7 @@ class Imagination:
         model: WorldModel | str | Path,
         starts: StartStates | str | Path | None = None,
         *,
+        suite: str = "",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         denoising_steps: int = 50,
@@ -100,7 +124,7 @@ class Imagination:
         threshold: float = 0.5,
         max_batch: int | None = None,
     ):
-        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, device=device, dtype=dtype)
+        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, suite=suite, device=device, dtype=dtype)
         self.config = config = self.model.config
         for part, what in ((self.model.reward_model, "success classifier"), (self.model.action_predictor, "action converter")):
             if part is None:

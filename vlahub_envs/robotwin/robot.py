@@ -22,7 +22,6 @@ BASE = pose((0, -0.65, 0), Rotation.from_euler("z", 90, degrees=True))  # the ro
 STIFFNESS, DAMPING, LINK_MASS = 1000.0, 200.0, 1.0  # of every joint and link
 GRIPPER_CLOSED, GRIPPER_SPAN = -0.01, 0.055  # finger target = -0.01 + 0.055 v: at v = 0 the fingers press on each other, or on what is between them
 FINGER_LIMIT = 0.04765  # m
-FINGERTIP = 0.156  # m from link6 to the end of the fingers, along the gripper's x
 TCP = 0.12  # m from link6 to the point between the fingers that grasps are planned for
 
 # parent -> child origin (x, y, z), (roll, pitch, yaw), axis; metres and radians

@@ -170,12 +170,10 @@ class GemmaNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, S, width], modulation [B or 1, 1, 3 width] -> (normed, gate or None)"""
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + 1e-6)
         if modulation is None:
-            return (normed * (1 + self.weight.float())).to(x.dtype), None
+            return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), 1e-6).to(x.dtype), None
         scale, shift, gate = modulation.chunk(3, dim=-1)
-        return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+        return torch.addcmul(shift, F.rms_norm(x.float(), x.shape[-1:], None, 1e-6), 1 + scale).to(x.dtype), gate.to(x.dtype)
 
 
 class GatedMLP(nn.Module):

@@ -13,26 +13,35 @@ from vlahub_policies.parts.gemma import GemmaLayer, KeysValues
 ROWS = 64  # rows of a tile; more tokens than this take the ordinary path
 
 
+def _tiles(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
+    """(columns of a tile, depth of a step, warps, steps in flight): the quickest on this machine is found at the first call."""
+    return [triton.Config({"BN": columns, "BK": depth}, num_warps=warps, num_stages=stages) for columns, depth, warps, stages in choices]
+
+
 @triton.jit
 def _rows_by_weights(x, weights, norm, shift, columns, rows, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     """x [M, K] times the rows `columns` of weights [N, K] -> [BM, BN]. NORM: of x's RMS norm times (1 + norm); SHIFT: plus shift, as the adaptive norm has it."""
     total = tl.zeros((BM, BN), tl.float32)
-    squares = tl.zeros((BM,), tl.float32)
-    moved = tl.zeros((BN,), tl.float32)
+    if NORM:
+        squares = tl.zeros((BM, BK), tl.float32)
+    if SHIFT:
+        moved = tl.zeros((BN, BK), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(x + rows[:, None] * K + k[None, :], mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)
         b = tl.load(weights + columns[:, None] * K + k[None, :], mask=(columns[:, None] < N) & (k[None, :] < K), other=0.0)
         if NORM:
             exact = a.to(tl.float32)
-            squares += tl.sum(exact * exact, 1)
+            squares += exact * exact
             a = (exact * (1.0 + tl.load(norm + k, mask=k < K, other=0.0))[None, :]).to(a.dtype)
         if SHIFT:
-            moved += tl.sum(b.to(tl.float32) * tl.load(shift + k, mask=k < K, other=0.0)[None, :], 1)
+            moved += b.to(tl.float32) * tl.load(shift + k, mask=k < K, other=0.0)[None, :]
         total = tl.dot(a, tl.trans(b), total)
     if NORM:
-        total = total * tl.rsqrt(squares / K + 1e-6)[:, None]
-    return total + moved[None, :]
+        total = total * tl.rsqrt(tl.sum(squares, 1) / K + 1e-6)[:, None]
+    if SHIFT:
+        total = total + tl.sum(moved, 1)[None, :]
+    return total
 
 
 @triton.jit
@@ -41,6 +50,7 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(total, (BM, 2, BN)), (0, 2, 1)))
 
 
+@triton.autotune(_tiles((16, 128, 4, 4), (16, 128, 8, 3), (16, 64, 4, 5), (16, 256, 8, 2), (32, 128, 8, 3)), key=["K"])
 @triton.jit
 def _norm_qkv(x, norm, shift, weights, cos, sin, q, k, v, M, K: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     """Norm, the q / k / v product, and the rotation of q and k. One program: BN columns of a head's first half and their partners in its second half."""
@@ -68,6 +78,7 @@ def _norm_qkv(x, norm, shift, weights, cos, sin, q, k, v, M, K: tl.constexpr, HE
     tl.store(out + HALF, b.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.autotune(_tiles((32, 128, 4, 3), (32, 128, 8, 3), (16, 128, 4, 4), (32, 64, 4, 4), (16, 256, 8, 2)), key=["K", "N"])
 @triton.jit
 def _norm_gate_up(x, norm, shift, weights, out, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     """Norm, both products of the gated MLP, and the gate: gelu(gate) * up."""
@@ -80,6 +91,7 @@ def _norm_gate_up(x, norm, shift, weights, out, M, K: tl.constexpr, N: tl.conste
     tl.store(out + rows[:, None] * N + columns[None, :], (gate * up).to(out.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
+@triton.autotune(_tiles((16, 256, 4, 3), (16, 128, 4, 5), (16, 256, 8, 3), (16, 512, 8, 2), (32, 128, 4, 4), (32, 256, 8, 3)), key=["K", "N"])
 @triton.jit
 def _add_product(x, weights, residual, gate, out, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
     """residual + gate * (x by weights)"""
@@ -167,7 +179,8 @@ def attend(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bias: torc
     k, v = (x.contiguous() for x in own)
     past_k, past_v = (k, v) if past is None else (x.contiguous() for x in past)
     before, after, count = 0 if past is None else past_k.shape[1], k.shape[1], length * heads
-    rows, warps = tile or ((16, 4) if batch * count <= 1024 else (64, 4))
+    # measured on an H200: many small tiles for few queries; the largest tiles for a batch of prefixes
+    rows, warps = tile or ((16, 4) if batch * count <= 1024 else (32, 4) if count <= 512 else (64, 4) if batch == 1 else (128, 8))
     # few queries fill few processors, so their keys are divided; many fill them alone
     splits = max(1, min(8, 128 // (batch * -(-count // rows))))
     out = torch.empty(batch, length, heads * size, dtype=q.dtype, device=q.device)
@@ -179,6 +192,21 @@ def attend(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bias: torc
     if splits > 1:
         _join[(-(-count // 4), batch)](parts, sums[0], sums[1], out, count, size, splits, 4)
     return out
+
+
+@torch.library.custom_op("vlahub::attend", mutates_args=())
+def _attend(q: torch.Tensor, past_k: torch.Tensor | None, past_v: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return attend(q, None if past_k is None else (past_k, past_v), (k, v), bias)
+
+
+@_attend.register_fake
+def _(q, past_k, past_v, k, v, bias):
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+
+
+def attend_opaque(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bias: torch.Tensor) -> torch.Tensor:
+    """`attend` as one operation that torch.compile leaves alone."""
+    return _attend(q, *(past or (None, None)), *own, bias)
 
 
 def layer(
@@ -204,20 +232,19 @@ def layer(
     q, k, v = (torch.empty(1, length, count, size, dtype=x.dtype, device=x.device) for count in (heads, 1, 1))
     shifted = before is not None
     scale, shift, gate = norms[0]
-    tile = min(16, size // 2)
-    _norm_qkv[((heads + 2) * -(-(size // 2) // tile),)](
-        x, scale, shift, attention.q_proj.packed[0], cos, sin, q, k, v, length, width, heads, size, ROWS, tile, 128, shifted, num_warps=4, num_stages=4
+    _norm_qkv[lambda meta: ((heads + 2) * triton.cdiv(size // 2, meta["BN"]),)](
+        x, scale, shift, attention.q_proj.packed[0], cos, sin, q, k, v, length, width, heads, size, ROWS, SHIFT=shifted
     )  # fmt: skip
     seen = attend(q, past, (k, v), bias)
-    middle = torch.empty_like(x)
-    _add_product[(-(-width // 16),)](
-        seen, attention.o_proj.weight, x, gate, middle, length, heads * size, width, ROWS, 16, 256, shifted, num_warps=4, num_stages=3
-    )
+    middle, inner, out = torch.empty_like(x), torch.empty(length, hidden, dtype=x.dtype, device=x.device), torch.empty_like(x)
+
+    def columns(meta: dict) -> tuple[int]:
+        return (triton.cdiv(width, meta["BN"]),)
+
+    _add_product[columns](seen, attention.o_proj.weight, x, gate, middle, length, heads * size, width, ROWS, GATE=shifted)
     scale, shift, gate = norms[1]
-    inner = torch.empty(length, hidden, dtype=x.dtype, device=x.device)
-    _norm_gate_up[(-(-hidden // 32),)](
-        middle, scale, shift, mlp.gate_proj.packed[0], inner, length, width, hidden, ROWS, 32, 128, shifted, num_warps=4, num_stages=3
+    _norm_gate_up[lambda meta: (triton.cdiv(hidden, meta["BN"]),)](
+        middle, scale, shift, mlp.gate_proj.packed[0], inner, length, width, hidden, ROWS, SHIFT=shifted
     )
-    out = torch.empty_like(x)
-    _add_product[(-(-width // 16),)](inner, mlp.down_proj.weight, middle, gate, out, length, hidden, width, ROWS, 16, 256, shifted, num_warps=4, num_stages=3)
+    _add_product[columns](inner, mlp.down_proj.weight, middle, gate, out, length, hidden, width, ROWS, GATE=shifted)
     return out[None], (k, v)

@@ -233,7 +233,6 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        nn.init.normal_(self.qkv.bias[: 2 * config.hidden])  # as in SelfAttention
         self.proj = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, windows: int, mask: torch.Tensor | None) -> torch.Tensor:
@@ -354,9 +353,6 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * head)
         self.v_proj = nn.Linear(width, kv_heads * head)
         self.o_proj = nn.Linear(heads * head, width, bias=False)
-        # Fresh biases of queries and keys let each head look at offsets of its own from the start: the rotary embedding is all that tells places apart.
-        for layer in (self.q_proj, self.k_proj):
-            nn.init.normal_(layer.bias)
 
     def qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, L, C] -> q [B, H, L, d], k and v [B, G, L, d]; q and k rotated."""

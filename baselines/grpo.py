@@ -42,6 +42,10 @@ class Args:
     """environment to train in"""
     policy: str = "tiny:pi0"
     """bundled id, folder or hub repository; "tiny:FAMILY" is a small policy of that family with fresh weights"""
+    policy_options: tuple[str, ...] = ()
+    """entries of the policy's config to override, as KEY=VALUE (horizon=25 noise_level=0.3)"""
+    env_options: tuple[str, ...] = ()
+    """options of the environment, as KEY=VALUE (control_mode=ee_pose)"""
     out: str = "runs"
     """folder of all runs; this run gets a folder of its own below it"""
     name: str = ""

@@ -40,6 +40,10 @@ class Args:
     """bundled id, folder or hub repository; "tiny:FAMILY" is a small policy of that family with fresh weights"""
     env_id: str = ""
     """environment to evaluate in; none if empty"""
+    policy_options: tuple[str, ...] = ()
+    """entries of the policy's config to override, as KEY=VALUE (horizon=25 noise_level=0.3)"""
+    env_options: tuple[str, ...] = ()
+    """options of the environment, as KEY=VALUE (control_mode=ee_pose)"""
     out: str = "runs"
     """folder of all runs; this run gets a folder of its own below it"""
     name: str = ""
@@ -149,10 +153,10 @@ def main(args: Args) -> None:
         policy = run.load_policy(interface)
         datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.dataset]
         fit = check(interface, policy) if interface is not None else None
-        if args.policy.startswith("tiny:") or args.dataset_statistics:
-            policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         share = args.batch_size // ranks.world
         loader = Loader(datasets, share, args.seed, args.weights or None, ranks.rank, ranks.world, args.loader_threads)
+        if args.policy.startswith("tiny:") or args.dataset_statistics:
+            policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         print0(
             f"{sum(map(len, datasets))} frames in {sum(len(d.episodes) for d in datasets)} episodes; {sum(map(len, datasets)) / args.batch_size:.0f} iterations an epoch"
         )

@@ -150,11 +150,11 @@ def test_a_wrong_flag_is_status_2(capsys):
 
 def test_options_are_read_as_literals():
     words = ["size=64", "rate=0.5", "assets=official", "on=true", "off=False", "none=none", "shape=(3,4)", "path=a=b"]
-    assert cli.options("x", words) == {
+    assert catalog.key_values("x", words) == {
         "size": 64, "rate": 0.5, "assets": "official", "on": True, "off": False, "none": None, "shape": (3, 4), "path": "a=b",
     }  # fmt: skip
     with pytest.raises(ValueError, match="'a' twice"):
-        cli.options("x", ["a=1", "a=2"])
+        catalog.key_values("x", ["a=1", "a=2"])
 
 
 def test_python_m_vlahub_explains_itself():

@@ -6,7 +6,6 @@ A subcommand is a function with a docstring; its signature is the command's help
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -22,6 +21,7 @@ import gymnasium
 import tyro
 
 from vlahub import catalog
+from vlahub.catalog import key_values
 
 # What a wrong argument, a missing package or file, or a world that cannot run raises. Anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError, gymnasium.error.Error)
@@ -211,8 +211,8 @@ def evaluate(
     from vlahub import evaluation
 
     env = _registered(env)  # a wrong id is cheap to find before the weights are loaded
-    given = options("env-options", env_options)
-    player = _load_policy(policy, device, dtype, options("policy-options", policy_options))
+    given = key_values("env-options", env_options)
+    player = _load_policy(policy, device, dtype, key_values("policy-options", policy_options))
     out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
     results = evaluation.evaluate(
         env,
@@ -227,7 +227,7 @@ def evaluate(
         videos=video_episodes or videos,
         env_options=given,
         policy_name=policy,
-        policy_options=options("policy-options", policy_options),
+        policy_options=key_values("policy-options", policy_options),
         command="vlahub " + shlex.join(sys.argv[1:]),
         progress=True,
     )
@@ -241,24 +241,6 @@ def _registered(env: str) -> str:
     if colon:
         _import(module, f"--env {env}")
     return catalog.env_card(env_id).id
-
-
-def options(flag: str, words: Sequence[str]) -> dict[str, Any]:
-    """["size=64", "assets=official"] -> {"size": 64, "assets": "official"}. Values are read as Python literals, and as text where they are none."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"--{flag} takes key=value, not {word!r}")
-        if key in found:
-            raise ValueError(f"--{flag} has {key!r} twice")
-        # the shell's habit of small letters must not turn False into the text "false", which counts as true
-        text = {"true": "True", "false": "False", "none": "None"}.get(text, text)
-        try:
-            found[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[key] = text
-    return found
 
 
 def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapping[str, Any]) -> Any:
@@ -363,8 +345,8 @@ def record(
         policy_options: options of from_pretrained, as key=value.
     """
     env = _registered(env)
-    given = options("env-options", env_options)
-    player = _load_policy(policy, device, dtype, options("policy-options", policy_options))
+    given = key_values("env-options", env_options)
+    player = _load_policy(policy, device, dtype, key_values("policy-options", policy_options))
     from vlahub import record as recorder
 
     result = recorder.record(

@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from vlahub import catalog, checkpoint, distributed
+from vlahub.catalog import key_values
 from vlahub.distributed import Ranks, print0
 from vlahub.evaluation import evaluate
 from vlahub.interface import Interface
@@ -41,7 +42,9 @@ class Shared(Protocol):
     """Arguments that `Run` reads."""
 
     env_id: str
+    env_options: tuple[str, ...]
     policy: str
+    policy_options: tuple[str, ...]
     out: str
     name: str
     resume: str
@@ -150,7 +153,8 @@ class Run:
 
     def make_env(self, count: int) -> VectorEnv:
         """This rank's environments, in two halves that alternate where there are processes for both."""
-        options = {"max_steps": self.args.max_steps} if self.args.max_steps else {}
+        options = key_values("env-options", self.args.env_options)
+        options |= {"max_steps": self.args.max_steps} if self.args.max_steps else {}
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
         return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
@@ -158,6 +162,7 @@ class Run:
     def load_policy(self, interface: Interface, **options: Any) -> Policy:
         """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
         distributed.seed_everything(self.args.seed)  # fresh weights and heads are the same on every rank
+        options = {**options, **key_values("policy-options", self.args.policy_options)}
         family, _, name = self.args.policy.partition(":")
         if family == "tiny":
             policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)

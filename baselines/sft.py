@@ -149,10 +149,10 @@ def main(args: Args) -> None:
         policy = run.load_policy(interface)
         datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.dataset]
         fit = check(interface, policy) if interface is not None else None
-        if args.policy.startswith("tiny:") or args.dataset_statistics:
-            policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         share = args.batch_size // ranks.world
         loader = Loader(datasets, share, args.seed, args.weights or None, ranks.rank, ranks.world, args.loader_threads)
+        if args.policy.startswith("tiny:") or args.dataset_statistics:
+            policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         print0(
             f"{sum(map(len, datasets))} frames in {sum(len(d.episodes) for d in datasets)} episodes; {sum(map(len, datasets)) / args.batch_size:.0f} iterations an epoch"
         )

@@ -3,7 +3,7 @@
     python -m benchmarks.ppo_vs_sb3 --seeds 5 --steps 40960
 
 The problem is Gymnasium's Pendulum-v1 with the same small Gaussian policy (two layers of 64, separate critic), the same hyperparameters and the same evaluation
-episodes. Ours runs through the whole contract: a Simulation in a worker process that also shows a picture. stable-baselines3 runs on Gymnasium's own environment,
+episodes; docs/results.md says what still differs. Ours runs through the whole contract: a Simulation in a worker process that also shows a picture. stable-baselines3 runs on Gymnasium's own environment,
 in its own process, which is the fastest that it offers for one so cheap. The two alternate seed by seed, so that both meet the same load of the machine.
 """
 

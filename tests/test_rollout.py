@@ -14,7 +14,7 @@ from vlahub.vector import VectorEnv
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one slot", "two slots"])
 def env(request):
-    env = VectorEnv(POINT, num_envs=4, workers=2, slots=request.param, max_steps=9, timeout=20)
+    env = VectorEnv(POINT, num_envs=4, workers=2, slots=request.param, max_steps=9, timeout=60)
     yield env
     env.close()
 

@@ -108,7 +108,10 @@ def _add(cards: dict[str, Any], key: str, card: Any) -> bool:
 
 
 def env_card(env_id: str) -> EnvCard:
-    env_id = env_id.removeprefix("vlahub:")
+    """The card of an id; "module:id" imports the module that registers it first, as gymnasium.make does."""
+    module, _, env_id = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
     if env_id not in ENVS:
         raise UnknownId(f"no environment is called {env_id!r}; {suggest(env_id, ENVS)}")
     return ENVS[env_id]

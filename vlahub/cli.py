@@ -252,6 +252,9 @@ def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapp
         if policy_options or dtype:
             raise ValueError(f"--policy-options and --dtype are for checkpoints; {name!r} takes none")
         return _load_function(name) if code else name
+    if "/" not in name and not Path(name).expanduser().is_dir():  # found out before torch is imported
+        words = "`expert` and `random` need no checkpoint, ids read user/name, functions module:function"
+        raise FileNotFoundError(f"--policy {name}: {name!r} is no folder in {os.getcwd()}; {words}. `vlahub list` shows the known ids")
 
     import torch
 
@@ -259,6 +262,11 @@ def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapp
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA answers with an AssertionError
+        gpus = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "no GPU that this torch can use"
+        raise ValueError(f"--device {device}: there is no such device here (cpu; {gpus}). `vlahub doctor` says more") from error
     return vlahub.Policy.from_pretrained(name, device=device, dtype=getattr(torch, dtype) if dtype else None, **policy_options)
 
 

@@ -67,7 +67,7 @@ def arguments(kind: type[Args], description: str | None, argv: Sequence[str] | N
     argv = list(sys.argv[1:] if argv is None else argv)
     parsed = tyro.cli(kind, description=description, args=argv)
     if not parsed.resume:
-        return parsed
+        return _known(parsed)
     file = Path(parsed.resume) / "args.json"
     if not file.exists():
         raise SystemExit(f"--resume {parsed.resume}: this folder holds no run (there is no {file.name}); give the folder that a run printed at its start")
@@ -77,7 +77,26 @@ def arguments(kind: type[Args], description: str | None, argv: Sequence[str] | N
     if differ:
         words = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(parsed, name)!r}" for name in differ)
         raise SystemExit(f"--resume {parsed.resume}: a resumed run keeps its arguments, but {words}. Start a new run instead")
-    return parsed
+    return _known(parsed)
+
+
+def _known(args: Any) -> Any:
+    """The arguments, if the names of environment and policy lead somewhere: a mistyped one is a message at once, not a traceback after minutes."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `--env-id module:id` names a module beside the user, where Python does not look for a script's imports
+    family, _, name = args.policy.partition(":")
+    try:
+        if args.env_id:
+            catalog.env_card(args.env_id)
+        if family == "tiny":
+            catalog.family_card(name)
+        elif "/" not in args.policy and not Path(args.policy).is_dir():
+            raise catalog.UnknownId(
+                f"--policy {args.policy}: no such folder; ids read user/name, and tiny:FAMILY ({', '.join(catalog.FAMILIES)}) is a fresh small one"
+            )
+    except (catalog.UnknownId, ModuleNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+    return args
 
 
 def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
@@ -294,7 +313,7 @@ class Run:
     def export(self, policy: Policy) -> None:
         """The finished policy, in the run's folder `policy`, for from_pretrained."""
         distributed.on_rank0(lambda: str(policy.save_pretrained(self.folder / "policy")))
-        print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env ... --policy {self.folder / 'policy'}")
+        print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env {self.args.env_id or 'ID'} --policy {self.folder / 'policy'}")
 
     def close(self) -> None:
         self.tracker.close()

@@ -11,12 +11,13 @@ import time
 import pytest
 import torch
 
+from baselines import ppo
 from tests.baselines.scripts import HERE, launch
 from tests.mlp import MlpPolicy
 from tests.worlds import PointWorld
-from vlahub import distributed
+from vlahub import catalog, distributed
 from vlahub.distributed import Ranks
-from vlahub.run import Run, advice, memory_advice
+from vlahub.run import Run, advice, arguments, memory_advice
 
 SMALL = {"env_id": "test/Point", "policy": "tiny:test-mlp-gaussian", "num_envs": 2, "num_chunks": 4, "num_minibatches": 2, "eval_every": 0, "workers": 1}
 CPU = Ranks(0, 1, 0, torch.device("cpu"))
@@ -181,6 +182,30 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path):
     (tmp_path / "run/args.json").write_text(json.dumps({**arguments, "policy": "tiny:test-mlp-flow"}))  # behind the run's back
     other = launch("ppo", resume=tmp_path / "run", total_iterations=2)
     assert other.returncode != 0 and "holds a test-mlp-gaussian policy, the run trains a test-mlp-flow policy" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env-id", "vlahub/RoboTwin-ClikBell"], "did you mean 'vlahub/RoboTwin-ClickBell'"),
+        (["--env-id", "no_such_module:my/Reach"], "No module named 'no_such_module'"),
+        (["--policy", "tiny:pi"], "did you mean 'pi0'"),
+        (["--policy", "pi0"], "tiny:FAMILY"),
+    ],
+)
+def test_a_mistyped_name_is_one_message_before_anything_starts(words, message):
+    with pytest.raises(SystemExit, match=message):
+        arguments(ppo.Args, None, words)
+
+
+def test_a_module_beside_the_user_registers_its_environment(tmp_path, monkeypatch):
+    source = "import vlahub; vlahub.register_env(vlahub.EnvCard(id='my/Beside', family='my', simulation='tests.worlds:PointWorld', summary=''))"
+    (tmp_path / "my_world_beside.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(catalog, "ENVS", dict(catalog.ENVS))
+    assert arguments(ppo.Args, None, ["--env-id", "my_world_beside:my/Beside"]).env_id == "my_world_beside:my/Beside"
+    assert catalog.env_card("my_world_beside:my/Beside").id == "my/Beside"
 
 
 def test_a_mistake_is_one_message(tmp_path):

@@ -84,11 +84,11 @@ def real_data(args: Args, policy: Policy, ranks: Ranks) -> tuple[Loader, Fit]:
     """The real robot's frames, as the policy expects them. What does not fit is an error that names the dataset and the field."""
     first = Dataset(args.real_dataset[0])
     datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.real_dataset]
-    wants, fit = policy.interface, Fit()
+    wants, fits = policy.interface, []
     for dataset in datasets:
         if dataset.interface is not None:
             try:
-                fit = check(dataset.interface, policy)
+                fits.append(check(dataset.interface, policy))
             except InterfaceError as error:
                 raise DatasetError(f"--real-dataset {dataset.folder} (here 'the environment') and --policy {args.policy}: {error}") from error
             continue
@@ -101,10 +101,17 @@ def real_data(args: Args, policy: Policy, ranks: Ranks) -> tuple[Loader, Fit]:
             problems.append(f"{columns.actions!r} has {dataset.actions.shape[1]} numbers, the policy's action {wants.action_dim}")
         if len(columns.images) < cameras:
             problems.append(f"there are {len(columns.images)} cameras ({', '.join(columns.images)}), the policy needs {cameras}")
+        if wants.control_hz and abs(dataset.fps - wants.control_hz) > 1e-6:
+            problems.append(f"it has {dataset.fps:g} frames a second, the policy's control rate is {wants.control_hz:g}")
         if problems:
             raise DatasetError(f"--real-dataset {dataset.folder} does not fit --policy {args.policy}: {'; '.join(problems)}")
+        fits.append(Fit())
+    if any(fit != fits[0] for fit in fits):
+        raise DatasetError(
+            f"the real datasets need different adapters ({', '.join(f'{d.folder}: {fit}' for d, fit in zip(datasets, fits, strict=True))}); train on those that agree"
+        )
     print0(f"real data: {sum(map(len, datasets))} frames in {sum(len(dataset.episodes) for dataset in datasets)} episodes")
-    return Loader(datasets, args.sft_batch_size // ranks.world, args.seed, None, ranks.rank, ranks.world, args.loader_threads), fit
+    return Loader(datasets, args.sft_batch_size // ranks.world, args.seed, None, ranks.rank, ranks.world, args.loader_threads), fits[0]
 
 
 def supervised_loss(policy: Policy, loader: Loader, fit: Fit, args: Args) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.mlp import MlpPolicy
 from tests.test_cli import call
 from tests.worlds import POINT, PointWorld
 from vlahub.dataset import Dataset
@@ -34,7 +35,10 @@ def steps_of(dataset: Dataset, entry) -> list[dict]:
     return [dataset[frame] for frame in range(entry.start, entry.start + entry.length)]
 
 
-@pytest.mark.parametrize(("policy", "only"), [("expert", True), (SlowToTheLeft(), False), ("random", False)], ids=["expert", "a function", "random"])
+RUNS = [("expert", True), (SlowToTheLeft(), False), ("random", False), (MlpPolicy.tiny(PointWorld().interface, horizon=3), False)]
+
+
+@pytest.mark.parametrize(("policy", "only"), RUNS, ids=["expert", "a function", "random", "a policy"])
 def test_each_row_is_an_observation_and_the_action_after_it(tmp_path, policy, only):
     """Run the recorded actions again, one at a time: every picture, state and reward is the recorded one."""
     result = record(MANY_VIEWS, policy, 5, tmp_path, num_envs=2, seed=3, only_successes=only, max_steps=14, progress=False)

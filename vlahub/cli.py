@@ -352,10 +352,12 @@ def record(
         env_options: options of the environment, as key=value.
         policy_options: options of from_pretrained, as key=value.
     """
+    catalog.require(("pyarrow",), "train", "recording a dataset")
+    from vlahub import record as recorder
+
     env = _registered(env)
     given = key_values("env-options", env_options)
     player = _load_policy(policy, device, dtype, key_values("policy-options", policy_options))
-    from vlahub import record as recorder
 
     result = recorder.record(
         env,

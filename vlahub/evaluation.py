@@ -214,7 +214,7 @@ class Results(Summary):
 def instruction_of(outcomes: Sequence[Outcome]) -> str:
     """A task's instruction; its first one and the number of others where it is worded differently every time."""
     texts = list(dict.fromkeys(outcome.instruction for outcome in outcomes if outcome.instruction))
-    return (texts[0] if texts else "") + (f" (and {len(texts) - 1} other wordings)" if len(texts) > 1 else "")
+    return (texts[0] if texts else "") + (f" (and {len(texts) - 1} other wording{'s' if len(texts) > 2 else ''})" if len(texts) > 1 else "")
 
 
 def versions() -> dict[str, str]:

@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= outputs/demo
-EPISODES ?= 20
+DEMO_POLICIES := expert vlahub/lingbot-tiny-clickbell random
+EPISODES ?= 16
 # The expert needs 80 control steps. A random policy that may flail for the environment's 400 hits the bell by chance more often than not.
-MAX_STEPS ?= 100
+MAX_STEPS ?= 120
 # The address of a package index with CPU builds of torch (the PyTorch install page names one). Empty: what pip finds by itself.
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -40,10 +41,11 @@ $(STAMP): pyproject.toml constraints.txt tools/no_deps.txt
 	@touch $(STAMP)
 	@echo "installed; activate with: source $(VENV)/bin/activate"
 
-demo: setup ## Evaluate the scripted expert and a random policy on RoboTwin-ClickBell; videos and report in outputs/demo
-	@for policy in expert random; do \
-		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --max-steps $(MAX_STEPS) --num-envs 2 --seed 0 --videos 1 --out $(OUT)/$$policy || exit 1; done
-	@for policy in expert random; do echo "report of the $$policy policy: $(abspath $(OUT))/$$policy/report.html"; done
+demo: setup ## Evaluate the scripted expert, a small trained VLA and a random policy on RoboTwin-ClickBell; videos and reports in outputs/demo
+	@for policy in $(DEMO_POLICIES); do \
+		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --max-steps $(MAX_STEPS) --num-envs 2 --seed 0 --videos 1 \
+			--out $(OUT)/$$(basename $$policy) || exit 1; done
+	@for policy in $(DEMO_POLICIES); do echo "report of $$policy: $(abspath $(OUT))/$$(basename $$policy)/report.html"; done
 
 test: setup ## Run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests

@@ -82,7 +82,7 @@ class Args:
     """optimizer steps per pass"""
     micro_batch_size: int = 0
     """decisions per forward pass of a rank; 0: the rank's whole share of a minibatch. Smaller saves memory and changes nothing else"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     """of the policy"""
     anneal: bool = False
     """lower the learning rate linearly to zero over the run"""
@@ -105,7 +105,7 @@ class Args:
     """weight of the KL divergence from the policy that the run started from, which is kept frozen in memory; 0: neither"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus (no effect where the exploration noise is fixed)"""
-    target_kl: float = 0.0
+    target_kl: float = 0.1
     """stop an iteration's updates once approx_kl exceeds this; 0: never"""
 
     eval_every: int = 10

@@ -76,7 +76,7 @@ class Args:
     """optimizer steps per pass; must divide num_chunks"""
     micro_batch_size: int = 0
     """decisions per forward pass of a rank; 0: the rank's whole share of a minibatch. Smaller saves memory and changes nothing else"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     """of the policy"""
     value_learning_rate: float = 3e-4
     """of the value head"""
@@ -107,7 +107,7 @@ class Args:
     """weight of the value loss"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus (no effect where the exploration noise is fixed)"""
-    target_kl: float = 0.0
+    target_kl: float = 0.1
     """stop an iteration's updates once approx_kl exceeds this; 0: never"""
     critic_warmup: int = 0
     """iterations at the start in which only the value head learns"""

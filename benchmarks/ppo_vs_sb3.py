@@ -103,7 +103,7 @@ def ours(seed: int, steps: int, out: Path) -> Result:
     iterations = steps // (ENVS * STEPS_PER_ENV)
     args = ppo.Args(
         env_id="bench/Pendulum", policy="tiny:bench-mlp", out=str(out), name=f"ours-{seed}", seed=seed, device="cpu", num_envs=ENVS, workers=1,
-        num_chunks=STEPS_PER_ENV, total_iterations=iterations, update_epochs=EPOCHS, num_minibatches=ENVS * STEPS_PER_ENV // BATCH, learning_rate=RATE,
+        num_chunks=STEPS_PER_ENV, total_iterations=iterations, update_epochs=EPOCHS, num_minibatches=ENVS * STEPS_PER_ENV // BATCH, learning_rate=RATE, target_kl=0.0,
         value_learning_rate=RATE, gamma=GAMMA, gae_lambda=GAE_LAMBDA, clip_low=CLIP, clip_high=CLIP, value_clip=0.0, huber_delta=1e9, value_coef=1.0,
         max_grad_norm=0.5, eval_every=iterations, eval_episodes=EVAL_EPISODES, save_every=0,
     )  # fmt: skip

@@ -60,3 +60,14 @@ for _id, _summary in (
             verified="network, sampler, prompt, pixels and joint layouts equal to the original on small random weights; every tensor name and shape; not run with its weights",
         )
     )
+register_policy(
+    PolicyCard(
+        id="vlahub/lingbot-tiny-clickbell",
+        family="lingbot",
+        summary="LingBot-VLA at 1.6 million parameters, trained on the scripted expert; ships with the package",
+        folder="vlahub_policies:checkpoints/lingbot-tiny-clickbell",
+        envs=("vlahub/RoboTwin-ClickBell",),
+        verified="evaluated on a GPU and on a CPU; a small model of this repository, not a published one",
+        measured="47 of 56 held-out episodes within 200 control steps (95 % interval 72.2 to 91.3 %); docs/results.md",
+    )
+)

@@ -17,13 +17,11 @@ from vlahub_envs.robotwin.trajectory import RECORD_EVERY, rest_to_rest, through
 
 GRIP_STEPS = 300  # physics steps of closing or opening: 200 to move, 100 to settle
 TILTS = np.linspace(0, 0.9, 10)  # rad: if a grasp is out of reach, the hand tips over, about the axis that the fingers open along, to point more forwards
-
-
 STRAIGHT_STEP = 0.02  # m between the points at which a straight line is turned into joints
 LARGEST_TURN = 0.6  # rad of a joint between two such points
 NEARLY = 0.15 * np.pi  # rad: so near to an easy direction a grasp counts as easy
 LEVEL = -0.7  # of the z of a hand's x axis: below, the hand points down
-ASIDE = (0, 0.3, -0.3, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)  # rad
+ASIDE = (0, 0.3, -0.3, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)  # rad: how far off the easiest way a hand that puts something down may be turned
 ARM = {"left": slice(0, 6), "right": slice(6, 12)}  # of the twelve joints
 ORIGIN_AS_POINT = pose(rotation=Rotation.from_quat([np.sqrt(0.5), 0, 0, np.sqrt(0.5)]))  # z down, in a y-up object
 # orientations of the hand that it takes easily: pointing down with the camera on the far side, and forwards to the other arm's side
@@ -91,12 +89,12 @@ class Hands:
         if count > 1 and np.abs(np.diff(path, axis=0)).max() > LARGEST_TURN:
             path = [start, path[-1]]  # the line leads past a posture in which the arm has to turn over
         positions, _, _ = through(np.array(path)) if len(path) > 2 else rest_to_rest(start, path[-1])
-        rows = np.append(
-            np.arange(RECORD_EVERY - 1, len(positions) - 1, RECORD_EVERY), len(positions) - 1
-        )  # at the rate of the demonstrations, and the end itself
+        last = len(positions) - 1
+        rows = np.append(np.arange(RECORD_EVERY - 1, last, RECORD_EVERY), last)  # at the rate of the demonstrations, and the end itself
         return self._actions(positions[rows], np.repeat(self.robot.grippers[None], len(rows), axis=0))
 
     def joints_for(self, side: str, target: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """[6] joints for a world pose of link6, near the joints `start`."""
         solution = self.robot.arms[side].inverse(target, start)
         if not solution.reached:
             where = np.round(target[:3, 3], 3).tolist()
@@ -164,7 +162,12 @@ class Hands:
     def grasp(
         self, side: str, thing: Thing, points: Sequence[int | np.ndarray] = (0,), pre: float = 0.1, deep: float = 0.0, home: Sequence[str] = ()
     ) -> Iterator[np.ndarray]:
-        """To `pre` metres before one of the contact points (numbers, or frames [4, 4] in the object's own), straight up to it (and `deep` metres beyond), close. The arms in `home` go home meanwhile."""
+        """To `pre` metres before one of the contact points, straight up to it (and `deep` metres beyond), close.
+
+        Args:
+            points: numbers of contact points that will do, or contact frames [4, 4] in the object's own frame.
+            home: arms that go home meanwhile.
+        """
         before, at = self._grasps(side, thing, points, (pre, -deep))
         yield self.move(side, before, home=home)
         yield self.move(side, at, straight=True)
@@ -178,7 +181,6 @@ class Hands:
         point: int | None = 0,
         pre: float = 0.1,
         dis: float = 0.02,
-        along: Sequence[Rotation] | None = None,
         tilts: Sequence[float] = (0.0,),
         release: bool = True,
         home: Sequence[str] = (),
@@ -191,13 +193,12 @@ class Hands:
 
         Args:
             tilts: rad; if nothing is within reach, tip the hand with the object over by the next of these, to point more forwards.
-            along: instead, the point's whole orientations that will do, relative to the target; the nearest within reach is taken.
         """
         body, hand = thing.pose, self.hand_as_it_is(side)
         tip = body @ (thing.model.points["functional"][point] if point is not None else ORIGIN_AS_POINT)
         up = target[:3, :3] @ (0, 0, -1)  # a functional point's z axis points down, and so does a target's
         held = np.linalg.inv(tip) @ hand
-        for tilt, turn in itertools.product(tilts, self._turns(side, tip, target, hand, along)):
+        for tilt, turn in itertools.product(tilts, self._turns(side, tip, target[:3, 2], hand)):
             grip = Rotation.from_matrix(held[:3, :3])
             tipped = turn * grip * Rotation.from_euler("y", -tilt) * grip.inv()
             goals = [pose(target[:3, 3] + height * up, tipped) @ held for height in (pre, dis)]
@@ -213,13 +214,10 @@ class Hands:
         if release:
             yield self.grip(side, 1.0)
 
-    def _turns(self, side: str, tip: np.ndarray, target: np.ndarray, hand: np.ndarray, along: Sequence[Rotation] | None) -> list[Rotation]:
-        """World orientations of the tip to try, best first."""
-        wanted, now = Rotation.from_matrix(target[:3, :3]), Rotation.from_matrix(tip[:3, :3])
-        if along is not None:
-            return sorted((wanted * turn for turn in along), key=lambda turn: (turn * now.inv()).magnitude())
-        axis = target[:3, 2]
-        level = shortest_turn(tip[:3, 2], axis)  # brings the z axes together
+    def _turns(self, side: str, tip: np.ndarray, axis: np.ndarray, hand: np.ndarray) -> list[Rotation]:
+        """World orientations to try of a held point, now at `tip` [4, 4], whose z axis is to lie along `axis` [3]; best first."""
+        now = Rotation.from_matrix(tip[:3, :3])
+        level = shortest_turn(tip[:3, 2], axis)
         # A hand from above turns its camera away from the robot; one from the side points forwards to the other side
         held, wish = (hand[:3, 2], (0, 1.0, 0)) if hand[2, 0] < LEVEL else (hand[:3, 0], EASY[side].as_matrix()[:, 0])
         held, wish = (vector - axis * (axis @ vector) for vector in (level.apply(held), np.array(wish)))

@@ -30,7 +30,8 @@ class RoboTwin:
     """
     ## Description
     A dual-arm tabletop task of the RoboTwin 2.0 benchmark: two 6-joint arms with parallel grippers (the "aloha-agilex" robot) at a table, physics at 250 Hz in
-    SAPIEN on the CPU, drawn on a GPU or, without one, by a software Vulkan. In `vlahub/RoboTwin-ClickBell` a closed gripper presses a desk bell.
+    SAPIEN on the CPU, drawn on a GPU or, without one, by a software Vulkan. In `vlahub/RoboTwin-ClickBell` a closed gripper presses a desk bell; docs/robotwin.md
+    lists the other tasks.
 
     ## Action space
     `Box(14)`, absolute. Left arm, then right arm.
@@ -53,7 +54,7 @@ class RoboTwin:
     The robot is at its home pose with open grippers. The seed fixes the layout, with the draws of upstream's generator in upstream's order, and the instruction.
 
     ## End
-    Terminated when solved; truncated after `max_steps` control steps (400 for ClickBell).
+    Terminated when solved; truncated after `max_steps` control steps (400 to 1200, by task).
 
     ## Arguments
     Args:

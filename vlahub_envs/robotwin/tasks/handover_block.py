@@ -10,8 +10,6 @@ from vlahub_envs.robotwin.instructions import Sentences, every
 from vlahub_envs.robotwin.kinematics import pose
 from vlahub_envs.robotwin.task import OPEN, Task
 
-QUARTERS = tuple(Rotation.from_euler("z", 90 * k, degrees=True) for k in range(4))  # the block looks the same after each
-
 
 class HandoverBlock(Task):
     step_limit = 800

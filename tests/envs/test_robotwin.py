@@ -182,7 +182,9 @@ def test_a_bell_has_the_measured_size_and_a_taller_one_is_never_solved(env, monk
     # From above, a finger meets the top, which may stand 3 cm over the contact point: 1.3 mm more than model 0's does, 3.5 mm more than model 1's.
     for millimetres, solved in ((1, [True, True]), (2, [False, True]), (4, [False, False])):
         up = np.array([0, millimetres / 2000, 0])  # so much for the centre makes it that much taller, its bottom where it was
-        monkeypatch.setitem(assets.STANDINS, "050_bell", partial(lambda make, up, size, center: make(size + 2 * up, center + up), assets.bell, up))
+        monkeypatch.setitem(
+            assets.STANDINS, "050_bell", partial(lambda make, up, size, center, contact: make(size + 2 * up, center + up, contact), assets.bell, up)
+        )
         assert [run_expert(env, seed) for seed in (0, 1)] == solved
         assert env.simulation.scene.things["bell"].model.id == 1  # seed 0 has model 0, seed 1 model 1
 

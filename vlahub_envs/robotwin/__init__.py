@@ -8,6 +8,34 @@ TASKS = {
         "Press the top of a desk bell with a closed gripper.",
         "the expert solves 100 of 100 layouts (seeds 0 to 99, stand-ins), in 80 control steps on average",
     ),
+    "BeatBlockHammer": (
+        "Take a hammer and touch a fixed cube with its head.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "BlocksRankingRGB": (
+        "Line up three cubes from left to right: red, green, blue.",
+        "the expert solves 49 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "HandoverBlock": (
+        "Pass a tall block from the left hand to the right, which stands it on a pad.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "PlaceContainerPlate": (
+        "Put a bowl or a cup on a plate.",
+        "the expert solves 46 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "PlaceEmptyCup": (
+        "Put a cup on a coaster.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "StackBlocksThree": (
+        "Stack three cubes: red below, green, blue on top.",
+        "the expert solves 48 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "StackBlocksTwo": (
+        "Stack the green cube on the red one.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
 }
 
 for _name, (_summary, _measured) in TASKS.items():

@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from vlahub_envs.robotwin.kinematics import pose, quaternion
+from vlahub_envs.robotwin.room import GRIPPY, PLAIN
 
 REPOSITORY = "TianxingChen/RoboTwin2.0"  # dataset on the Hugging Face hub
 ROBOT_URDF = "embodiments/aloha-agilex/urdf/arx5_description_isaac.urdf"
@@ -54,6 +56,28 @@ class Solid:
 
 
 @dataclass(frozen=True)
+class Brick:
+    """A box. `place` [4, 4] is its pose in the object's frame."""
+
+    half: tuple[float, float, float]
+    place: np.ndarray
+    colour: tuple[float, float, float]
+    metallic: float = 0.0
+
+    def mesh(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> vertices [24, 3], normals [24, 3], triangles [12, 3]: four vertices a side, so that its edges stay sharp."""
+        vertices, normals = [], []
+        for axis, sign in itertools.product(range(3), (-1, 1)):
+            out, u = np.eye(3)[axis] * sign, np.eye(3)[(axis + 1) % 3]
+            v = np.cross(out, u)
+            vertices.append([(out + a * u + b * v) * self.half for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))])
+            normals.append([out] * 4)
+        turn = self.place[:3, :3]
+        triangles = (4 * np.arange(6)[:, None, None] + np.array([[0, 1, 2], [0, 2, 3]])).reshape(-1, 3)
+        return np.concatenate(vertices) @ turn.T + self.place[:3, 3], np.concatenate(normals) @ turn.T, triangles
+
+
+@dataclass(frozen=True)
 class Model:
     """One model of an object: how it looks and collides, and its points."""
 
@@ -62,20 +86,47 @@ class Model:
     size: np.ndarray  # [3]
     center: np.ndarray  # [3]
     points: dict[str, np.ndarray]  # "contact", "functional" -> [K, 4, 4] in the model's frame
-    solids: tuple[Solid, ...] = ()  # a stand-in's parts ...
+    solids: tuple[Solid | Brick, ...] = ()  # a stand-in's parts ...
     visual: Path | None = None  # ... or the official files
     collision: Path | None = None
     scale: tuple[float, ...] = field(default=(1.0, 1.0, 1.0))
+    friction: tuple[float, float, float] = PLAIN
+
+    @property
+    def key(self) -> tuple:
+        """What looks the same has the same key."""
+        return self.name, self.id, *self.size, *(self.solids[0].colour if self.solids else ())
 
 
 def _points(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([pose(row[:3], quaternion(*row[3:])) for row in rows]).reshape(-1, 4, 4)
 
 
+# ------------------------------------------------------------------------------------------------ primitives, the same with either asset set
+
+# Four ways to take a box from above, a quarter turn apart. A contact frame's y points at the gripper, and its x to where the gripper's camera is.
+FROM_ABOVE = tuple(Rotation.from_euler("z", 90 * k, degrees=True) * Rotation.from_euler("x", 90, degrees=True) for k in range(4))
+# ... and from the side: the gripper in front of the box, to its right, behind it, to its left
+FROM_SIDE = tuple(Rotation.from_euler("z", 90 * k, degrees=True) * Rotation.from_matrix([[0, 0, 1], [0, -1, 0], [1, 0, 0]]) for k in range(4))
+DOWN = Rotation.from_quat([1, 0, 0, 0])  # z down, x kept: of a box's functional points, and of what they are put on
+
+
+def box(half: tuple[float, float, float], colour: tuple[float, float, float], long: bool = False) -> Model:
+    """A z-up box. Functional points: the middle of the bottom, of the top. Contact points: four from above; of a long one, four around it high up, four low down."""
+    z = half[2]
+    functional = [pose((0, 0, -z), DOWN), pose((0, 0, z), DOWN)]
+    if long:
+        contact = [pose((0, 0, height * z), turn) for height in (0.7, -0.7) for turn in FROM_SIDE]
+    else:
+        contact = [pose(rotation=turn) for turn in FROM_ABOVE]
+    points = {"contact": np.array(contact), "functional": np.array(functional)}
+    return Model("box", 0, 2 * np.array(half), np.zeros(3), points, solids=(Brick(half, np.eye(4), colour),), friction=GRIPPY)
+
+
 # ------------------------------------------------------------------------------------------------ stand-ins
 
 
-def bell(size: np.ndarray, center: np.ndarray) -> tuple[Solid, ...]:
+def bell(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid, ...]:
     """A desk bell: a base disc, a metal dome, and an 8 mm button on top that reaches exactly the object's height."""
     bottom, top, radius = center[1] - size[1] / 2, center[1] + size[1] / 2, size[0] / 2
     rim, crown = bottom + 0.15 * size[1], top - 0.008
@@ -88,7 +139,55 @@ def bell(size: np.ndarray, center: np.ndarray) -> tuple[Solid, ...]:
     )
 
 
-STANDINS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[Solid, ...]]] = {"050_bell": bell}
+def disc(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid, ...]:
+    bottom, top = center[1] - size[1] / 2, center[1] + size[1] / 2
+    return (Solid([(size[0] / 2, bottom), (size[0] / 2, top)], (0.55, 0.36, 0.2)),)
+
+
+WALL = 0.005  # m, of cups, bowls and plates
+
+
+def ring(below: tuple[float, float], above: tuple[float, float], colour: tuple[float, float, float], count: int = 16) -> list[Brick]:
+    """A wall around y from one (radius, height) to another: `count` boxes, whose outer sides have these radii."""
+    (r0, y0), (r1, y1) = below, above
+    slope = Rotation.from_euler("x", np.arctan2(r1 - r0, y1 - y0))  # a box's y runs up the wall, its z points out
+    half = (max(r0, r1) * np.tan(np.pi / count), np.hypot(r1 - r0, y1 - y0) / 2, WALL / 2)
+    middle = np.array([0, (y0 + y1) / 2, (r0 + r1) / 2]) - slope.apply([0, 0, WALL / 2])
+    turns = [Rotation.from_euler("y", 2 * np.pi * k / count) for k in range(count)]
+    return [Brick(half, pose(turn.apply(middle), turn * slope), colour) for turn in turns]
+
+
+def vessel(size: np.ndarray, center: np.ndarray, contact: np.ndarray, colour: tuple[float, float, float]) -> tuple[Solid | Brick, ...]:
+    """A round hollow body: a foot, a wall that widens up to two thirds of the height, then an upright one that fingers can hold."""
+    bottom, top, radius = center[1] - size[1] / 2, center[1] + size[1] / 2, min(size[0], size[2]) / 2
+    foot, knee = 0.65 * radius, bottom + 0.65 * size[1]
+    floor = Solid([(foot, bottom), (foot, bottom + WALL)], colour)
+    return (floor, *ring((foot, bottom), (radius, knee), colour), *ring((radius, knee), (radius, top), colour))
+
+
+def plate(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid | Brick, ...]:
+    """A disc with a rim that leans out, hollow down to 3 mm, where the functional point is."""
+    colour, radius = (0.9, 0.92, 0.96), size[0] / 2
+    return (Solid([(0.65 * radius, 0), (0.65 * radius, 0.003)], colour), *ring((0.65 * radius, 0), (radius, size[1] - 0.8 * WALL), colour, count=24))
+
+
+def hammer(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Brick, ...]:
+    """A handle along y, a head along z at its end. The face that strikes is the head's +z end."""
+    low, high = center - size / 2, center + size / 2
+    neck = high[1] - 0.036  # where the head begins, so that the strike point lies on its face
+    head = Brick((size[0] / 2, 0.018, size[2] / 2), pose((center[0], neck + 0.018, center[2])), (0.35, 0.36, 0.4), metallic=0.5)
+    return (Brick((0.012, (neck - low[1]) / 2, 0.013), pose((0, (neck + low[1]) / 2, 0)), (0.85, 0.55, 0.15)), head)
+
+
+# name -> the parts, from size, centre and contact points
+STANDINS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Solid | Brick, ...]]] = {
+    "002_bowl": partial(vessel, colour=(0.25, 0.55, 0.62)),
+    "003_plate": plate,
+    "019_coaster": disc,
+    "020_hammer": hammer,
+    "021_cup": partial(vessel, colour=(0.82, 0.45, 0.35)),
+    "050_bell": bell,
+}
 
 
 @cache
@@ -108,7 +207,7 @@ class StandIns:
         record = _measurements()[name][str(model_id)]
         size, center = np.array(record["size"]), np.array(record["center"])
         points = {kind: _points(record.get(kind, ())) for kind in ("contact", "functional")}
-        return Model(name, model_id, size, center, points, solids=STANDINS[name](size, center))
+        return Model(name, model_id, size, center, points, solids=STANDINS[name](size, center, points["contact"]))
 
 
 # ------------------------------------------------------------------------------------------------ the official release

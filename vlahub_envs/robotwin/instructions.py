@@ -6,6 +6,7 @@ out. One switch selects both. The sentences are this package's own; upstream's a
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,91 @@ class Sentences:
 
 # object -> descriptions, which follow "the"
 WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "002_bowl": {
+        "seen": (
+            "bowl",
+            "round bowl",
+            "small bowl",
+            "bowl with a thin wall",
+            "open bowl",
+            "empty bowl",
+            "bowl on a flat foot",
+            "dinner bowl",
+            "kitchen bowl",
+            "shallow bowl",
+            "soup bowl",
+            "bowl on the table",
+        ),
+        "unseen": ("cereal bowl", "wide dish with a rim", "little round basin"),
+    },
+    "003_plate": {
+        "seen": (
+            "plate",
+            "round plate",
+            "white plate",
+            "flat plate",
+            "dinner plate",
+            "large plate",
+            "pale plate",
+            "plate with a rim",
+            "empty plate",
+            "plate on the table",
+            "light-coloured plate",
+            "smooth plate",
+        ),
+        "unseen": ("big white dish", "serving plate", "round pale dish"),
+    },
+    "019_coaster": {
+        "seen": (
+            "coaster",
+            "round coaster",
+            "brown coaster",
+            "flat coaster",
+            "disc-shaped coaster",
+            "coaster for cups",
+            "thin coaster",
+            "wooden coaster",
+            "drink coaster",
+            "round brown mat",
+            "coaster on the table",
+            "flat round mat",
+        ),
+        "unseen": ("cup mat", "brown disc", "mat for drinks"),
+    },
+    "020_hammer": {
+        "seen": (
+            "hammer",
+            "hammer with a yellow handle",
+            "hammer with a grey head",
+            "metal-headed hammer",
+            "tool with a heavy head",
+            "hammer in the middle of the table",
+            "hand hammer",
+            "straight hammer",
+            "hammer lying on the table",
+            "carpenter's hammer",
+            "hammer with a long handle",
+            "steel hammer",
+        ),
+        "unseen": ("nail hammer", "striking tool", "hammer with a square head"),
+    },
+    "021_cup": {
+        "seen": (
+            "cup",
+            "round cup",
+            "empty cup",
+            "cup without a lid",
+            "drinking cup",
+            "open cup",
+            "upright cup",
+            "small cup",
+            "reddish cup",
+            "cup with a thin wall",
+            "tea cup",
+            "cup on the table",
+        ),
+        "unseen": ("beaker", "drinking vessel", "little mug without a handle"),
+    },
     "050_bell": {
         "seen": (
             "bell",
@@ -52,18 +138,25 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+def every(*parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Every sentence that takes one phrase from each part in turn."""
+    return tuple(" ".join(phrases).replace(" .", ".") for phrases in itertools.product(*parts))
+
+
 def placeholders(template: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
 def instruction(sentences: Sentences, which: InstructionSet, stands_for: Mapping[str, str], seed: int) -> str:
-    """One sentence for an episode, drawn by its seed. `stands_for`: {"A": "050_bell/base0", "a": "left"}."""
+    """One sentence for an episode, drawn by its seed. `stands_for`: {"A": "050_bell/base0", "a": "left"}; an object without a model's number, "the red cube", is put in as it is."""
     random = np.random.default_rng([seed, 14])  # apart from the layout's generator, whose order of draws is upstream's
     templates = sentences.fitting(which, stands_for)
     template = templates[random.integers(len(templates))]
     words = {}
     for letter, value in stands_for.items():
-        if letter.isupper():
+        if letter.isupper() and "/" not in value:
+            words[letter] = value
+        elif letter.isupper():
             known = WORDS[value.split("/")[0]][which]
             words[letter] = f"the {known[random.integers(len(known))]}"
         else:

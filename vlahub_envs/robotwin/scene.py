@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 import sapien
-from sapien.physx import PhysxCollisionShapeConvexMesh, PhysxCpuSystem, PhysxMaterial, PhysxRigidDynamicComponent, PhysxRigidStaticComponent
+from sapien.physx import (
+    PhysxCollisionShapeBox,
+    PhysxCollisionShapeConvexMesh,
+    PhysxCpuSystem,
+    PhysxMaterial,
+    PhysxRigidDynamicComponent,
+    PhysxRigidStaticComponent,
+)
 
-from vlahub_envs.robotwin.assets import Model, Official, StandIns
+from vlahub_envs.robotwin.assets import Brick, Model, Official, StandIns
 from vlahub_envs.robotwin.robot import Robot
 from vlahub_envs.robotwin.room import GROUND, PLAIN, ROOM
 from vlahub_envs.robotwin.stage import NEAR, NEAR_WRIST_STANDIN, Stage, render_system
 from vlahub_envs.robotwin.trajectory import TIMESTEP
 
 OBJECT_MASS = 0.01  # kg, unless a task says otherwise
+SETTLE_STEPS, WATCH_STEPS = 2300, 200  # physics steps at reset: until everything lies still, but no more; and how long it must then stay so
+STEADY = np.cos(np.deg2rad(3) / 2)  # a body is steady while it turns by less than 3 degrees
 
 
 class Thing:
@@ -40,10 +49,10 @@ class Thing:
 
 
 class Scene:
-    """Args: `assets` the asset set; `device`, `shader` and `shadows` for the renderer."""
+    """Args: `assets` the asset set; `device`, `shader` and `shadows` for the renderer; `near_is_touching` see `touching`."""
 
-    def __init__(self, assets: StandIns | Official, device: str | None, shader: str, shadows: bool):
-        self.assets = assets
+    def __init__(self, assets: StandIns | Official, device: str | None, shader: str, shadows: bool, near_is_touching: bool = False):
+        self.assets, self.near_is_touching = assets, near_is_touching
         renderer = render_system(device)  # first: SAPIEN would otherwise pick a device of its own for the robot's colours
         self.robot = Robot(assets.robot_urdf())
         near_wrist = NEAR if assets.name == "official" else NEAR_WRIST_STANDIN
@@ -74,19 +83,24 @@ class Scene:
 
     def add(self, name: str, model: Model, where: sapien.Pose, static: bool = False, mass: float = OBJECT_MASS) -> Thing:
         """Put an object in. `name` is how the task calls it."""
-        plain = PhysxMaterial(*PLAIN)
+        material = PhysxMaterial(*model.friction)
         if model.collision is not None:
             builder = self.world.create_actor_builder()
             if static:
-                builder.add_nonconvex_collision_from_file(str(model.collision), scale=model.scale, material=plain)
+                builder.add_nonconvex_collision_from_file(str(model.collision), scale=model.scale, material=material)
             else:
-                builder.add_multiple_convex_collisions_from_file(str(model.collision), scale=model.scale, material=plain)
+                builder.add_multiple_convex_collisions_from_file(str(model.collision), scale=model.scale, material=material)
             builder.set_physx_body_type("static" if static else "dynamic")
             body = builder.build_physx_component()
         else:
             body = PhysxRigidStaticComponent() if static else PhysxRigidDynamicComponent()
             for solid in model.solids:
-                body.attach(PhysxCollisionShapeConvexMesh(solid.mesh()[0].astype(np.float32), [1, 1, 1], plain))
+                if isinstance(solid, Brick):
+                    shape = PhysxCollisionShapeBox(solid.half, material)
+                    shape.local_pose = sapien.Pose(solid.place)
+                else:
+                    shape = PhysxCollisionShapeConvexMesh(solid.mesh()[0].astype(np.float32), [1, 1, 1], material)
+                body.attach(shape)
         if not static:
             body.mass = mass
         entity = sapien.Entity()
@@ -97,6 +111,22 @@ class Scene:
         self.things[name] = Thing(name, model, entity, body)
         return self.things[name]
 
+    def settle(self) -> bool:
+        """Let what was put in come to rest, the robot at home. -> did it? If all bodies fall asleep before, the rest of the time would change nothing."""
+        free = [thing for thing in self.things.values() if isinstance(thing.body, PhysxRigidDynamicComponent)]
+        if not free:
+            return True
+        robot = self.robot
+        robot.command(robot.joints, np.zeros(12), robot.grippers)  # at home the forces that hold it up stay the same
+        for _ in range(SETTLE_STEPS):
+            self.step()
+            if all(thing.body.is_sleeping for thing in free):
+                return True
+        before = [thing.entity.pose.q for thing in free]
+        for _ in range(WATCH_STEPS):
+            self.step()
+        return all(abs(np.dot(q, thing.entity.pose.q)) > STEADY for q, thing in zip(before, free, strict=True))
+
     def ready(self) -> None:
         """Called when every object is in: draw them from here on."""
         self.stage.show({name: link.entity for name, link in self.robot.links.items()}, [(thing.model, thing.entity) for thing in self.things.values()])
@@ -104,16 +134,17 @@ class Scene:
     def step(self) -> None:
         self.physics.step()
 
-    def touching(self, links: list, thing: Thing) -> np.ndarray:
-        """Positions [K, 3] of the points where robot links touch an object, after a step.
+    def touching(self, bodies: list, thing: Thing) -> np.ndarray:
+        """Positions [K, 3] of the points where bodies (robot links, or other objects' bodies) touch an object, after a step.
 
-        The engine reports pairs of points already when shapes come within 2 cm of each other (their contact offsets); only those that push count here.
+        The engine reports pairs of points already when shapes come within 2 cm of each other (their contact offsets). Only those that push count, unless
+        `near_is_touching`, which is how upstream counts.
         """
         found = []
         for contact in self.physics.get_contacts():
             a, b = contact.bodies
-            if (a == thing.body and b in links) or (b == thing.body and a in links):
-                found += [point.position for point in contact.points if np.any(point.impulse)]
+            if (a == thing.body and b in bodies) or (b == thing.body and a in bodies):
+                found += [point.position for point in contact.points if self.near_is_touching or np.any(point.impulse)]
         return np.array(found).reshape(-1, 3)
 
     def close(self) -> None:

@@ -30,7 +30,8 @@ class RoboTwin:
     """
     ## Description
     A dual-arm tabletop task of the RoboTwin 2.0 benchmark: two 6-joint arms with parallel grippers (the "aloha-agilex" robot) at a table, physics at 250 Hz in
-    SAPIEN on the CPU, drawn on a GPU or, without one, by a software Vulkan. In `vlahub/RoboTwin-ClickBell` a closed gripper presses a desk bell.
+    SAPIEN on the CPU, drawn on a GPU or, without one, by a software Vulkan. In `vlahub/RoboTwin-ClickBell` a closed gripper presses a desk bell; docs/robotwin.md
+    lists the other tasks.
 
     ## Action space
     `Box(14)`, absolute. Left arm, then right arm.
@@ -53,7 +54,7 @@ class RoboTwin:
     The robot is at its home pose with open grippers. The seed fixes the layout, with the draws of upstream's generator in upstream's order, and the instruction.
 
     ## End
-    Terminated when solved; truncated after `max_steps` control steps (400 for ClickBell).
+    Terminated when solved; truncated after `max_steps` control steps (400 to 1200, by task).
 
     ## Arguments
     Args:
@@ -66,13 +67,14 @@ class RoboTwin:
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
         render_device: "cuda", "cuda:1", "cpu"; None takes a GPU if there is one.
         shader: SAPIEN's rasteriser, "minimal" or "default"; the pictures are nearly the same, the first takes three quarters of the time.
+        strict_upstream_quirks: repeat the upstream errors that docs/robotwin.md lists; False corrects them.
         shadows: draw shadows. Off by default, also on a GPU: one checkpoint sees the same pictures everywhere.
 
     ## Options of reset
     `task`: 0, the only one. `trial`: number of the layout, counted from the seed's own: seed s, trial j is the layout of seed s + j.
 
     ## Info
-    From reset: `task`, `trial`, `arm` words and objects as `stands_for`. From steps: `physics_steps`; with `"ee_pose"` also `unreachable`, how many hand poses of
+    From reset: `task`, `trial`, `arm` words and objects as `stands_for`, `settled` (did the objects come to rest; upstream throws away a seed whose do not). From steps: `physics_steps`; with `"ee_pose"` also `unreachable`, how many hand poses of
     the chunk were out of reach, and `ik_error`, the largest distance in m between an asked and a commanded hand position.
     """
 
@@ -91,6 +93,7 @@ class RoboTwin:
         render_device: str | None = None,
         shader: Literal["minimal", "default"] = "minimal",
         shadows: bool = False,
+        strict_upstream_quirks: bool = False,
     ):
         choices = {
             "control_mode": (control_mode, ("qpos", "ee_pose")),
@@ -108,7 +111,7 @@ class RoboTwin:
         self.interface = _interface(control_mode, _checked_cameras(cameras), height, width)
         asset_set = asset_sets.find(assets, tuple(self.task.objects))
         self.assets = asset_set.name
-        self.scene = Scene(asset_set, render_device, shader, shadows)
+        self.scene = Scene(asset_set, render_device, shader, shadows, near_is_touching=strict_upstream_quirks)
         for name in self.interface.cameras:
             self.scene.stage.add_camera(name, height, width)
         self.instruction = ""
@@ -126,9 +129,11 @@ class RoboTwin:
         layout = seed + trial
         self.scene.clear()
         stands_for = self.task.place(self.scene, Draws(layout))
+        settled = self.scene.settle()
         self.scene.ready()
         self.instruction = instruction(self.task.sentences, self.instruction_set, stands_for, layout)
-        return {"task": 0, "trial": trial, "stands_for": ", ".join(f"{letter}={value}" for letter, value in stands_for.items())}
+        words = ", ".join(f"{letter}={value}" for letter, value in stands_for.items())
+        return {"task": 0, "trial": trial, "stands_for": words, "settled": settled}
 
     def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
         scene, robot = self.scene, self.scene.robot
@@ -219,7 +224,7 @@ def load_task(name: str) -> Task:
 
     if name not in TASKS:
         raise ValueError(f"RoboTwin has no task {name!r}; {suggest(name, TASKS)}")
-    module = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    module = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     return getattr(importlib.import_module(f"vlahub_envs.robotwin.tasks.{module}"), name)()
 
 

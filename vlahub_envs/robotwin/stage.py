@@ -94,7 +94,7 @@ class Stage:
             self._stand(builder.build_render_component(), sapien.Pose(box.position))
         self.links = {link.name: self._stand(link.build_render_component(), base) for link in robot.link_builders}
         self.cameras: dict[str, sapien.render.RenderCameraComponent] = {}
-        self._bodies: dict[tuple[str, int], list[sapien.Entity]] = {}  # every body made so far of a model; those of past episodes are out of the scene
+        self._bodies: dict[tuple, list[sapien.Entity]] = {}  # every body made so far of a model; those of past episodes are out of the scene
         self._shown: list[tuple[sapien.Entity, sapien.Entity]] = []  # (what is drawn, what it follows)
 
     def _stand(self, looks: RenderBodyComponent, where: sapien.Pose) -> sapien.Entity:
@@ -123,9 +123,11 @@ class Stage:
             if entity not in self.links.values():
                 self.sapien.remove_entity(entity)
         self._shown = [(self.links[name], entity) for name, entity in robot_links.items()]
-        used: dict[tuple[str, int], int] = {}
+        used: dict[tuple, int] = {}
+        keys = {model.key for model, _ in objects}
+        self._bodies = {key: bodies for key, bodies in self._bodies.items() if key in keys or key[0] != "box"}  # boxes come in any size: keep none
         for model, entity in objects:
-            key = (model.name, model.id)
+            key = model.key
             bodies = self._bodies.setdefault(key, [])
             used[key] = used.get(key, 0) + 1
             if used[key] > len(bodies):

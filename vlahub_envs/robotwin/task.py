@@ -21,6 +21,24 @@ OPEN, CLOSED = 0.8, 0.2  # a gripper is open above, closed below: of the command
 SPAWN_HEIGHT = 0.741
 
 
+UPRIGHT = Rotation.from_quat([0.5, 0.5, 0.5, 0.5])  # stands a y-up object up
+
+
+def both_open(scene: Scene) -> bool:
+    """Are both grippers commanded open? Most tasks ask for it, also of the hand that never moved."""
+    return bool((scene.robot.grippers > OPEN).all())
+
+
+def planar(a: np.ndarray, b: np.ndarray) -> float:
+    """The distance of two positions, seen from above."""
+    return float(np.hypot(*(np.asarray(a)[:2] - np.asarray(b)[:2])))
+
+
+def side_of(position: np.ndarray) -> str:
+    """The arm that is on the side of a position."""
+    return "left" if position[0] < 0 else "right"
+
+
 class Draws:
     """The random numbers of one layout, drawn as upstream draws them: numpy's legacy generator, one number after the other, the unused ones included."""
 
@@ -34,6 +52,9 @@ class Draws:
     def choice(self, values: Sequence[int]) -> int:
         return int(self.random.choice(values, 1)[0])
 
+    def uniform(self, low: float, high: float) -> float:
+        return float(self.random.uniform(low, high))
+
     def place(
         self,
         x: tuple[float, float],
@@ -42,6 +63,7 @@ class Draws:
         base: Rotation | None = None,
         turn: tuple[float, float, float] | None = None,
         redraw_while: Callable[[np.ndarray], bool] = lambda position: False,
+        near_in_the_middle: bool = False,
     ) -> sapien.Pose:
         """A pose, uniform within limits.
 
@@ -50,10 +72,14 @@ class Draws:
             base: the orientation to start from; upright for a y-up object by default.
             turn: half ranges of three Euler angles in the object's own frame, drawn even where one is 0. None draws none.
             redraw_while: draw again while this holds for the position.
+            near_in_the_middle: within 0.15 m of the middle line, draw y again until it is not beyond 0, where neither arm reaches well.
         """
-        base = Rotation.from_quat([0.5, 0.5, 0.5, 0.5]) if base is None else base
+        base = UPRIGHT if base is None else base
         while True:
-            position = np.array([self.random.uniform(*x), self.random.uniform(*y), self.random.uniform(z, z)])
+            position = np.array([self.random.uniform(*x), self.random.uniform(*y), 0])
+            while near_in_the_middle and abs(position[0]) < 0.15 and position[1] > 0:
+                position[1] = self.random.uniform(y[0], 0)
+            position[2] = self.random.uniform(z, z)
             if turn is not None:
                 angles = [self.random.uniform(-limit, limit) for limit in turn]
             if not redraw_while(position):

@@ -1,0 +1,308 @@
+"""The tasks of RoboTwin, one by one: where things go, when it is solved, that the expert solves it. No pictures."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import sapien
+from scipy.spatial.transform import Rotation
+
+from benchmarks.robotwin_experts import episode
+from vlahub_envs.robotwin import TASKS, assets
+from vlahub_envs.robotwin.expert import Hands, ScriptedExpert, Unreachable, between, shortest_turn
+from vlahub_envs.robotwin.kinematics import pose
+from vlahub_envs.robotwin.simulation import RoboTwin, load_task
+
+# name -> (step limit, seen and unseen sentences) of the benchmark, and the least share of layouts that the expert must solve
+KNOWN = {
+    "ClickBell": (400, 31, 7, 0.9),
+    "BeatBlockHammer": (400, 50, 10, 0.9),
+    "BlocksRankingRGB": (1200, 50, 10, 0.9),
+    "HandoverBlock": (800, 50, 10, 0.7),
+    "PlaceContainerPlate": (400, 16, 4, 0.9),
+    "PlaceEmptyCup": (500, 50, 10, 0.9),
+    "StackBlocksThree": (1200, 30, 10, 0.7),
+    "StackBlocksTwo": (800, 44, 10, 0.9),
+}
+
+
+def simulate(task: str, **options) -> RoboTwin:
+    return RoboTwin(task=task, assets="stand-in", cameras=("head",), camera_size=(16, 16), **options)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TASKS])
+def simulation(request) -> Iterator[RoboTwin]:
+    simulation = simulate(request.param)
+    yield simulation
+    simulation.close()
+
+
+def test_every_task_has_the_benchmarks_step_limit_and_as_many_sentences(simulation):
+    limit, seen, unseen, _ = KNOWN[type(simulation.task).__name__]
+    sentences = simulation.task.sentences
+    assert simulation.max_steps == limit and (len(sentences.seen), len(sentences.unseen)) == (seen, unseen)
+    everything = sentences.seen + sentences.unseen
+    assert len(set(everything)) == len(everything) and all(sentence.endswith(".") and " ." not in sentence for sentence in everything)
+    for seed in range(20):
+        for which in ("seen", "unseen"):
+            simulation.instruction_set = which
+            simulation.reset(seed, {})
+            assert "{" not in simulation.instruction and "/base" not in simulation.instruction
+
+
+def test_nothing_is_solved_at_the_start_and_everything_lies_still(simulation):
+    for seed in range(10):
+        assert simulation.reset(seed, {})["settled"]
+        assert not simulation.task.solved(simulation.scene)
+        before = [thing.pose for thing in simulation.scene.things.values()]
+        for _ in range(50):
+            simulation.scene.step()
+        assert all(np.allclose(pose, thing.pose, atol=2e-3) for pose, thing in zip(before, simulation.scene.things.values(), strict=True))
+
+
+def test_the_expert_solves_it_the_same_way_twice(simulation):
+    expert = ScriptedExpert(simulation)
+    outcomes = [episode(simulation, expert, seed) for seed in (2, 4, 2)]
+    assert outcomes[0][0] and outcomes[1][0] and outcomes[0] == outcomes[2]
+
+
+@pytest.mark.slow
+def test_the_expert_solves_as_many_of_fifty_layouts_as_it_must(simulation):
+    expert = ScriptedExpert(simulation)
+    solved = sum(episode(simulation, expert, seed)[0] for seed in range(50))
+    assert solved >= 50 * KNOWN[type(simulation.task).__name__][3]
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def legacy(seed: int) -> np.random.RandomState:
+    """The generator after the draws that come before every task's: table height, two cameras."""
+    random = np.random.RandomState(seed)
+    random.uniform(0, 0)
+    for _ in range(2):
+        random.randn(3), random.uniform(0, 0)
+    return random
+
+
+def cube(random: np.random.RandomState) -> tuple[np.ndarray, float]:
+    x, y = random.uniform(-0.28, 0.28), random.uniform(-0.08, 0.05)
+    while abs(x) < 0.15 and y > 0:
+        y = random.uniform(-0.08, 0)
+    random.uniform(0, 0)
+    angles = [random.uniform(-limit, limit) for limit in (0, 0, 0.75)]
+    return np.array([x, y]), angles[2]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_cubes_follow_upstreams_draws(seed):
+    simulation, random, placed = simulate("StackBlocksTwo"), legacy(seed), []
+    while len(placed) < 2:
+        where, yaw = cube(random)
+        if abs(where[0]) >= 0.05 and np.hypot(*(where - (0, -0.1))) >= 0.15 and all(np.hypot(*(where - other)) >= 0.1 for other, _ in placed):
+            placed.append((where, yaw))
+    simulation.reset(seed, {})
+    for thing, (where, yaw) in zip(simulation.task.cubes, placed, strict=True):
+        assert np.allclose(thing.position, [*where, 0.765], atol=1e-3)  # fallen by a millimetre
+        assert np.isclose(Rotation.from_matrix(thing.pose[:3, :3]).as_euler("xyz")[2], yaw, atol=2e-3)
+    assert simulation.task.arms == ["left" if where[0] < 0 else "right" for where, _ in placed]
+    simulation.close()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_cup_and_coaster_follow_upstreams_draws(seed):
+    simulation, random = simulate("PlaceEmptyCup"), legacy(seed)
+    tag = random.randint(0, 2)
+    cup = [random.uniform(*((0.15, 0.3), (-0.3, -0.15))[tag]), random.uniform(-0.2, 0.05)]
+    random.uniform(0, 0)
+    while True:
+        coaster = [random.uniform(*((-0.05, 0.1), (-0.1, 0.05))[tag]), random.uniform(-0.2, 0.05)]
+        random.uniform(0, 0)
+        if np.hypot(*np.subtract(cup, coaster)) >= 0.1:
+            break
+    simulation.reset(seed, {})
+    assert np.allclose(simulation.task.cup.position[:2], cup, atol=2e-3) and np.allclose(simulation.task.coaster.position[:2], coaster, atol=1e-6)
+    assert simulation.task.arm == ("right", "left")[tag]
+    simulation.close()
+
+
+def test_cubes_to_be_lined_up_share_a_size_that_differs_between_layouts():
+    simulation, sizes = simulate("BlocksRankingRGB"), set()
+    for seed in range(20):
+        simulation.reset(seed, {})
+        halves = {thing.body.collision_shapes[0].half_size[0] for thing in simulation.task.cubes}
+        assert len(halves) == 1 and 0.015 <= min(halves) <= 0.025
+        sizes |= halves
+    assert len(sizes) == 20
+    assert len([key for key in simulation.scene.stage._bodies if key[0] == "box"]) == 3  # past episodes' boxes are not kept
+    simulation.close()
+
+
+# ------------------------------------------------------------------------------------------------ success
+
+
+def solved_with(simulation: RoboTwin, grippers=(1.0, 1.0), **positions) -> bool:
+    """Is it solved with these objects standing there?"""
+    for name, where in positions.items():
+        thing = simulation.scene.things[name]
+        thing.entity.set_pose(sapien.Pose(where, thing.entity.pose.q))
+    simulation.scene.robot.grippers = np.array(grippers)
+    return simulation.task.solved(simulation.scene)
+
+
+def test_when_a_stack_counts():
+    simulation = simulate("StackBlocksThree")
+    simulation.reset(0, {})
+    stack = {"red": (0.1, -0.1, 0.765), "green": (0.1, -0.1, 0.815), "blue": (0.1, -0.1, 0.865)}
+    assert solved_with(simulation, **stack)
+    assert not solved_with(simulation, grippers=(1.0, 0.8), **stack) and not solved_with(simulation, grippers=(0.8, 1.0), **stack)
+    assert solved_with(simulation, **stack | {"blue": (0.124, -0.124, 0.876)})
+    for off in ((0.026, 0, 0), (0, 0.026, 0), (0, 0, 0.0125)):
+        assert not solved_with(simulation, **stack | {"blue": np.add(stack["blue"], off)})
+        assert not solved_with(simulation, **stack | {"red": np.add(stack["red"], off)})
+    assert not solved_with(simulation, **stack | {"red": stack["green"], "green": stack["red"]})
+    simulation.close()
+
+
+def test_when_a_row_counts():
+    simulation = simulate("BlocksRankingRGB")
+    simulation.reset(0, {})
+    row = {"red": (-0.1, -0.1, 0.76), "green": (0.0, -0.1, 0.76), "blue": (0.1, -0.1, 0.76)}
+    assert solved_with(simulation, **row) and not solved_with(simulation, grippers=(0.5, 1), **row)
+    assert solved_with(simulation, **row | {"blue": (0.129, -0.071, 0.9)})  # height does not count
+    assert not solved_with(simulation, **row | {"blue": (0.131, -0.1, 0.76)}) and not solved_with(simulation, **row | {"blue": (0.1, -0.069, 0.76)})
+    assert not solved_with(simulation, **row | {"red": row["green"], "green": row["red"]})
+    simulation.close()
+
+
+def test_when_a_cup_is_on_its_coaster_and_a_container_on_its_plate():
+    simulation = simulate("PlaceEmptyCup")
+    simulation.reset(0, {})
+    middle = simulation.task.coaster.point("functional")[:3, 3]
+    assert solved_with(simulation, cup=np.add(middle, (0.034, 0, 0.014))) and not solved_with(simulation, cup=np.add(middle, (0.025, 0.025, 0)))
+    assert not solved_with(simulation, cup=np.add(middle, (0, 0, 0.016))) and not solved_with(simulation, grippers=(1, 0.7), cup=middle)
+    simulation.close()
+    simulation = simulate("PlaceContainerPlate")
+    simulation.reset(0, {})
+    middle = simulation.task.plate.position
+    assert solved_with(simulation, container=np.add(middle, (0.049, -0.049, 0.029)))
+    for off in ((0.051, 0, 0), (0, 0.051, 0), (0, 0, 0.031)):
+        assert not solved_with(simulation, container=middle + off)
+    assert not solved_with(simulation, grippers=(0.7, 1), container=middle)
+    simulation.close()
+
+
+def test_when_the_hammer_has_struck(monkeypatch):
+    simulation = simulate("BeatBlockHammer")
+    simulation.reset(1, {})
+    task, scene = simulation.task, simulation.scene
+    face = task.hammer.point("functional")[:3, 3] - task.hammer.position
+    top = task.block.point("functional", 1)[:3, 3]
+    touches = np.zeros((1, 3))
+    monkeypatch.setattr(scene, "touching", lambda bodies, thing: touches)
+    assert solved_with(simulation, hammer=top - face + (0.019, -0.019, 0.1))
+    assert not solved_with(simulation, hammer=top - face + (0.021, 0, 0)) and not solved_with(simulation, hammer=top - face + (0, 0.021, 0))
+    touches = np.zeros((0, 3))
+    assert not solved_with(simulation, hammer=top - face)
+    simulation.close()
+
+
+def test_when_the_block_stands_on_its_pad():
+    simulation = simulate("HandoverBlock")
+    simulation.reset(0, {})
+    block, pad = simulation.task.block, simulation.task.pad
+    assert np.allclose(block.point("functional", 0)[:3, 2], (0, 0, -1), atol=1e-3)
+    there = pad.point("functional", 1)[:3, 3] + (0, 0, 0.1)
+    assert solved_with(simulation, block=np.add(there, (0.029, -0.029, 0.009))) and solved_with(simulation, grippers=(0, 0.81), block=there)
+    for off in ((0.031, 0, 0), (0, 0.031, 0), (0, 0, 0.011)):
+        assert not solved_with(simulation, block=there + off)
+    assert not solved_with(simulation, grippers=(1, 0.8), block=there)
+    simulation.close()
+
+
+def test_upstreams_touch_without_a_force_is_an_option():
+    for strict in (False, True):
+        simulation = simulate("BeatBlockHammer", strict_upstream_quirks=strict)
+        simulation.reset(0, {})
+        scene, block = simulation.scene, simulation.task.block
+        hover = np.add(block.position, (0, 0, 0.025 + 0.005))  # a stand-in cube of another object, 5 mm above: within the contact offsets
+        other = scene.add("other", assets.box((0.01, 0.01, 0.01), (1, 1, 1)), sapien.Pose(np.add(hover, (0, 0, 0.01))))
+        other.body.disable_gravity = True
+        scene.step()
+        assert (len(scene.touching([block.body], other)) > 0) == strict
+        simulation.close()
+
+
+# ------------------------------------------------------------------------------------------------ objects
+
+
+@pytest.mark.parametrize("name", list(assets.STANDINS))
+def test_stand_ins_have_the_measured_size(name):
+    for model_id in load_ids(name):
+        model = assets.StandIns().model(name, model_id)
+        vertices = np.concatenate([solid.mesh()[0] for solid in model.solids])
+        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        width = np.minimum(model.size[0], model.size[2])  # of round ones; two of the cups have a handle on top of that, which is left out
+        assert np.allclose([low[1], high[1]], model.center[1] + model.size[1] / 2 * np.array([-1, 1]), atol=4e-3)
+        assert np.allclose((high - low)[0], width if name != "020_hammer" else model.size[0], rtol=0.04)
+
+
+def load_ids(name: str) -> tuple[int, ...]:
+    return next(load_task(task).objects[name] for task in TASKS if name in load_task(task).objects)
+
+
+def test_a_brick_is_closed_and_its_normals_point_out():
+    brick = assets.Brick((0.1, 0.2, 0.3), pose((1, 2, 3), Rotation.from_euler("xyz", (0.3, 0.5, 0.7))), (1, 1, 1))
+    vertices, normals, triangles = brick.mesh()
+    a, b, c = (vertices[triangles[:, i]] for i in range(3))
+    assert np.isclose(np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6, 8 * 0.1 * 0.2 * 0.3)  # the volume that the triangles enclose
+    assert np.allclose(np.cross(b - a, c - a) / np.linalg.norm(np.cross(b - a, c - a), axis=1)[:, None], normals[triangles[:, 0]])
+
+
+def test_boxes_have_upstreams_points():
+    cube = assets.box((0.01, 0.02, 0.03), (1, 0, 0))
+    assert np.allclose(cube.points["functional"][:, :3, 3], [(0, 0, -0.03), (0, 0, 0.03)]) and np.allclose(cube.points["functional"][:, :3, 2], (0, 0, -1))
+    assert np.allclose(cube.points["contact"][:, :3, 1], (0, 0, 1))  # the gripper is above
+    column = assets.box((0.03, 0.03, 0.1), (1, 0, 0), long=True)
+    assert np.allclose(column.points["contact"][:, 2, 3], [0.07] * 4 + [-0.07] * 4)
+    assert np.allclose(column.points["contact"][:4, :3, 1], [(0, -1, 0), (1, 0, 0), (0, 1, 0), (-1, 0, 0)], atol=1e-12)
+    assert np.allclose(column.points["contact"][:, :3, 0], (0, 0, 1))  # the camera is on top
+
+
+# ------------------------------------------------------------------------------------------------ moves of scripts
+
+
+def test_a_straight_move_is_straight_and_the_other_arm_may_go_home():
+    simulation = simulate("StackBlocksTwo")
+    simulation.reset(0, {})
+    hands, robot = Hands(simulation), simulation.scene.robot
+    simulation.apply(hands.go(left=pose((0.1, 0.05, 0.02)) @ robot.hand("left"), right=pose((0, 0.05, 0)) @ robot.hand("right")))
+    start = robot.hand("left")[:3, 3]
+    chunk = hands.go(home=["right"], straight=True, left=pose((0, 0.02, -0.1)) @ robot.hand("left"))
+    points = np.array([robot.arms["left"].forward(row[:6].astype(float))[:3, 3] for row in chunk]) - start
+    line = points[-1] / np.linalg.norm(points[-1])
+    assert np.allclose(points[-1], (0, 0.02, -0.1), atol=2e-3) and np.abs(points - np.outer(points @ line, line)).max() < 1e-3
+    assert np.allclose(chunk[-1, 7:13], 0, atol=1e-6) and np.abs(chunk[0, 7:13]).max() > 0.01
+    with pytest.raises(Unreachable, match="left hand cannot reach"):
+        hands.move("left", pose((0, 3, 1)))
+    simulation.close()
+
+
+def test_turns():
+    for a, b in (((1, 0, 0), (0, 1, 0)), ((0, 0, 1), (0, 0, -1)), ((0, 0, 1), (0, 0, 1))):
+        turn = shortest_turn(np.array(a, float), np.array(b, float))
+        assert np.allclose(turn.apply(a), b) and np.isclose(turn.magnitude(), np.arccos(np.dot(a, b)))
+    middle = between(np.eye(4), pose((2, 0, 0), Rotation.from_euler("z", 1.0)), 0.5)
+    assert np.allclose(middle, pose((1, 0, 0), Rotation.from_euler("z", 0.5)))
+
+
+def test_an_expert_says_why_it_stopped():
+    simulation = simulate("StackBlocksTwo")
+    simulation.reset(0, {})
+    thing = simulation.task.cubes[0]
+    thing.entity.set_pose(sapien.Pose([0, 2, 1]))
+    expert = ScriptedExpert(simulation)
+    expert.reset()
+    stay = expert.act()
+    assert expert.over and "cannot grasp" in expert.failure and np.allclose(stay, simulation.scene.robot.state, atol=1e-6)
+    simulation.close()

@@ -40,11 +40,11 @@ $(STAMP): pyproject.toml constraints.txt tools/no_deps.txt
 
 demo: setup ## Evaluate the scripted expert and a random policy on RoboTwin-ClickBell; videos and report in outputs/demo
 	@for policy in expert random; do \
-		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --num-envs 2 --seed 0 --out $(OUT)/$$policy || exit 1; done
+		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --num-envs 2 --seed 0 --videos 1 --out $(OUT)/$$policy || exit 1; done
 	@for policy in expert random; do echo "report of the $$policy policy: $(abspath $(OUT))/$$policy/report.html"; done
 
 test: setup ## Run the whole test suite
-	@$(BIN)/python -m pytest -n 2 tests
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 lint: setup ## Check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -137,16 +137,34 @@ def phases(policy: Pi0Policy, model: str, batch: int, cameras: int, tokens: int)
     given = inputs_for(policy, batch, cameras, tokens)
     x = torch.randn(batch, policy.horizon, policy.config.action_dim, device=device)
     prefix, timing = policy._encode(given), policy.timing(torch.full((1,), 0.5, device=device))
+    layout = policy.suffix_layout(prefix)
     tower = policy.paligemma.model.vision_tower.vision_model
     parts = {
         "vision": lambda inputs: {"out": tower(images.to_pixels(inputs["images"]).flatten(0, 1), policy._through)},
         "prefix (with vision)": lambda inputs: {"out": policy._encode(inputs).out},
-        "one step": lambda inputs: {"out": policy.velocity(policy.expert_features(prefix, inputs["state"], x, timing))},
+        "one step": lambda inputs: {"out": policy.velocity(policy.expert_features(prefix, inputs["state"], x, timing, layout))},
     }
     for name, part in parts.items():
         captured = capture.Captured(part) if device == "cuda" else part
         ms = measure(lambda captured=captured: captured(given), device)
         report(model=model, variant=f"{policy.config.acceleration}: {name}", batch=batch, cameras=cameras, tokens=tokens, steps=0, ms=ms)
+
+
+@torch.no_grad()
+def profile(policy: Pi0Policy, what: str, batch: int, cameras: int, tokens: int) -> None:
+    """The kernels of one decision, or of one prefix, by their total time."""
+    given = inputs_for(policy, batch, cameras, tokens)
+    noise = torch.randn(batch, policy.horizon, policy.config.action_dim, device=policy.device)
+    captured = capture.Captured(lambda inputs: {"out": policy._encode(inputs).out})
+    function = (lambda: captured(given)) if what == "prefix" else (lambda: decide(policy, given, noise, 10))
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        function()
+        torch.cuda.synchronize()
+    print(f"--- kernels of one {what}, batch {batch}, acceleration {policy.config.acceleration}")
+    for entry in sorted(record.key_averages(), key=lambda entry: -entry.device_time_total)[:25]:
+        print(f"{entry.device_time_total / 1e3:>9.3f} ms  {entry.count:>6} x {entry.device_time_total / entry.count:>8.1f} us  {entry.key[:110]}", flush=True)
 
 
 @torch.no_grad()
@@ -170,15 +188,21 @@ def attention(device: str, batch: int, queries: int, keys: int) -> None:
         weights = (scores.unflatten(1, (8, -1)).float() + bias).softmax(-1).to(rows.dtype)
         return {"out": (weights.flatten(1, 2) @ v[:, :, 0]).unflatten(1, (8, -1)).transpose(1, 2).reshape(batch, queries, -1)}
 
-    forms = {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "products": products}
+    def triton(*tile):
+        from vlahub_policies.parts import kernels
+
+        return lambda inputs: {"out": kernels.attend(inputs["q"], None, (k, v), bias, tile)}
+
+    forms = {f"triton {rows}/{warps}": triton(rows, warps) for rows, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))}
+    forms |= {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "products": products}
     for name, form in forms.items():
         try:
             captured = capture.Captured(lambda inputs, form=form: [form(inputs) for _ in range(20)][-1])
             ms = measure(lambda captured=captured: captured({"q": q}), device, 0.3) / 20
-            print(f"attention  {name:<10} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  {1e3 * ms:>8.1f} us", flush=True)
+            print(f"attention  {name:<13} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  {1e3 * ms:>8.1f} us", flush=True)
             ROWS.append({"attention": name, "batch": batch, "queries": queries, "keys": keys, "us": 1e3 * ms})
-        except RuntimeError as error:
-            print(f"attention  {name:<10} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
+        except Exception as error:  # a kernel that this machine or library lacks: say so and measure the rest
+            print(f"attention  {name:<13} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
 
 
 def peer(device: str, tiny: bool):
@@ -234,8 +258,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--quick", action="store_true", help="pi0 at batch 1 and 64 only")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a decision at batch 1 and of a prefix at batch 64")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
     parser.add_argument("--models", nargs="+", default=["pi0", "pi05"], choices=["pi0", "pi05"], help="which of our models")
+    parser.add_argument("--grid", default="compile", help="acceleration at which every number of cameras and steps is measured")
     parser.add_argument(
         "--compile-batches", nargs="*", type=int, default=[1, 8, 64], help="batch sizes at which the compiled form is measured too (each compiles anew)"
     )
@@ -248,6 +274,10 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     rate, bandwidth = ceilings(device)
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s bf16, {bandwidth / 1e12:.2f} TB/s copy", flush=True)
+    if device == "cuda":
+        for batch in (1, 64):
+            attention(device, batch, 560, 560)
+            attention(device, batch, 51, 611)
     models = options.models[:1] if options.quick else options.models
     batches = (1, 64) if options.quick else (1, 8, 64)
     if options.tiny:
@@ -270,6 +300,11 @@ def main() -> None:
             if reference is not None and same is not None:
                 error = (reference - same).norm() / reference.norm()
                 print(f"       eager and graph differ by {float(error):.1e} of the norm", flush=True)
+            kernel = run(policy, model, "kernels", batch, 2, tokens, 10, **args)
+            if reference is not None and kernel is not None:
+                print(f"       eager and kernels differ by {float((reference - kernel).norm() / reference.norm()):.1e} of the norm", flush=True)
+                if batch in (1, 64):
+                    phases(policy, model, batch, 2, tokens)
             if batch in options.compile_batches:
                 compiled = run(policy, model, "compile", batch, 2, tokens, 10, **args)
                 if reference is not None and compiled is not None:
@@ -277,19 +312,18 @@ def main() -> None:
                 if batch in (1, 64):
                     phases(policy, model, batch, 2, tokens)
                 run(policy, model, "compile", batch, 2, tokens, 4, **args)
-        policy.config = replace(policy.config, acceleration="graph")
+            if options.profile and device == "cuda" and batch in (1, 64):
+                profile(policy, "decision", batch, 2, tokens)
+                if batch == 64:
+                    profile(policy, "prefix", batch, 2, tokens)
         if not options.quick:
             for batch in batches:
                 for cameras, steps in ((1, 10), (3, 10), (1, 4), (2, 4), (3, 4)):
-                    run(policy, model, "graph", batch, cameras, tokens, steps, **args)
-            run(policy, model, "graph", 1, 2, 16, 10, **args)
+                    run(policy, model, options.grid, batch, cameras, tokens, steps, **args)
+            run(policy, model, options.grid, 1, 2, 16, 10, **args)
         del policy
         if device == "cuda":
             torch.cuda.empty_cache()
-    if device == "cuda":
-        for batch in (1, 64):
-            attention(device, batch, 560, 560)
-            attention(device, batch, 51, 611)
     if not options.no_peer:
         try:
             other = peer(device, options.tiny)

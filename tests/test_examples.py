@@ -40,3 +40,8 @@ def test_the_code_of_the_own_env_stays_short():
     source = (ROOT / "examples" / "add_your_own_env.py").read_text()
     body = source.split("class Reach:")[1].split("class Straight:")[0]
     assert len([line for line in body.splitlines() if line.strip()]) <= 40
+
+
+def test_pi0_inference():
+    out = run("pi0_inference.py")
+    assert "chunk (10, 7) in" in out and "log-probabilities (4, 10, 7)" in out

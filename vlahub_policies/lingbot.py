@@ -31,7 +31,7 @@ from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.acceleration import Acceleration, Mode
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
-from vlahub_policies.parts.normalize import Statistics, normalize, unnormalize
+from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
 from vlahub_policies.parts.packing import joined, lay_out
 from vlahub_policies.parts.qwen_text import PAD
 from vlahub_policies.parts.qwen_vl import (
@@ -583,9 +583,9 @@ class LingBotPolicy(Policy):
 
     # -------------------------------------------------------------------------------------------- making and saving
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Normalise by the statistics of another dataset, before fine-tuning on it."""
-        self.config = replace(self.config, joints=replace(self.config.joints, statistics=statistics))
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        state, actions = (Moments(**{name: tuple(statistics[of][name]) for name in ("mean", "std", "q01", "q99")}) for of in ("states", "actions"))
+        self.config = replace(self.config, joints=replace(self.config.joints, statistics=Statistics(state, actions)))
 
     def side_files(self) -> dict[str, bytes]:
         return {qwen_text.TOKENIZER: qwen_text.to_bytes(self.tokenizer)}
@@ -605,12 +605,12 @@ class LingBotPolicy(Policy):
         sizes: dict[str, Any] = dict(
             interface=interface,
             joints=Joints(identity, tuple(range(state)), tuple(range(action)), max(state, action), quantile=False),
-            vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
+            vision=VisionConfig(4, 96, 4, 192, patch=8, window=32, full_attention=(1, 3), out=128),  # 36 tokens a view
             text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_sections=(4, 6, 6)),
             expert=ExpertConfig(64, 160),
             horizon=10,
             execute=5,
-            image_size=(112, 112),
+            image_size=(96, 96),
             max_text=32,
             num_steps=4,
             value_hidden=(128, 64),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -81,6 +82,9 @@ class OpenVLAOFTConfig:
     llama: LlamaConfig = field(default_factory=LlamaConfig)
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(OpenVLAOFTConfig).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute is {self.execute}; it must be between 1 and the horizon, {self.horizon}")
         if self.temperature <= 0:
@@ -111,12 +115,9 @@ def _bounds_of_fields(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, Any]
     return statistics
 
 
-_ROBOTWIN = tuple(
-    entry for side in ("left", "right") for entry in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
-)
 LIBERO_TWO_CAMERAS = dataclasses.replace(robots.LIBERO, optional_cameras=())
 LIBERO = dataclasses.replace(LIBERO_TWO_CAMERAS, wrists=(), state=())
-ROBOTWIN_STATE = Interface(main=Camera("head"), state=_ROBOTWIN, action=_ROBOTWIN)
+ROBOTWIN_STATE = dataclasses.replace(robots.ROBOTWIN, wrists=())
 ROBOTWIN = dataclasses.replace(ROBOTWIN_STATE, state=())
 BRIDGE = Interface(
     main=Camera("3rd_view_camera"),
@@ -352,7 +353,7 @@ class OpenVLAOFT(Policy):
         self.slots = self.horizon * self.action_dim  # action positions in the sequence
         self._prompts: dict[str, list[int]] = {}
         self._scales: tuple[Any, dict] = (None, {})
-        self._graphs: tuple[tuple[int, ...], dict[Any, Captured]] | None = None
+        self._graphs: tuple[tuple, dict[Any, Captured]] | None = None
         dim = config.llama.hidden_size
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(config.dino.dim + config.siglip.dim, dim)
@@ -386,6 +387,7 @@ class OpenVLAOFT(Policy):
 
         Without `statistics`, actions are scaled by the interface's bounds, states by theirs (where they have none: by pi, which holds joints and metres).
         """
+        interface = dataclasses.replace(interface, optional_cameras=())  # the number of images is part of the network's sequence
         if "statistics" not in overrides:
             overrides["statistics"] = _bounds_of_fields({"action": interface.action, "proprio": interface.state})
         config = OpenVLAOFTConfig(**{**TINY, "interface": interface, "proprio": bool(interface.state), **overrides})
@@ -431,6 +433,9 @@ class OpenVLAOFT(Policy):
             if not name.endswith((".lora_down", ".lora_up")):
                 parameter.data = parameter.data.to(dtype)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": None}  # CUDA graphs cannot be copied; a copy captures its own
 
     def side_files(self) -> dict[str, bytes]:
         return {} if self.tokenizer is None else {"tokenizer.json": self.tokenizer.to_str().encode()}
@@ -501,12 +506,13 @@ class OpenVLAOFT(Policy):
         if self.config.acceleration == "off" or self.device.type != "cuda" or torch.is_grad_enabled() or hasattr(head, "to_local"):  # sharded weights move
             return {}
         # a graph reads the addresses that it was captured with; these weights move whenever all do (a cast, a load, merged adapters)
-        addresses = (head.data_ptr(), self.language_model.model.layers[0].self_attn.q_proj.weight.data_ptr())
-        if self._graphs is None or self._graphs[0] != addresses:
+        first = self.language_model.model.layers[0].self_attn.q_proj.weight
+        captured_for = (head.data_ptr(), first.data_ptr(), self.config.acceleration, self.config.images)
+        if self._graphs is None or self._graphs[0] != captured_for:
             through = _compiled if self.config.acceleration == "compile" else call
             graphs = {padded: Captured(partial(self._network, padded=padded, through=through)) for padded in (False, True)}
             graphs["images"] = Captured(lambda given: {"images": prepare_images(given["images"], self.config.images, self.config.image_size)})
-            self._graphs = (addresses, graphs)
+            self._graphs = (captured_for, graphs)
         return self._graphs[1]
 
     def bin_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -539,7 +545,11 @@ class OpenVLAOFT(Policy):
         pictures = [self._prepare_images(stack.flatten(0, 1)).unflatten(0, stack.shape[:2]) for stack in pictures]
         inputs = {"images": torch.cat(pictures, dim=1), "ids": self.tokenise(observation["task_descriptions"])}
         if self.config.proprio:
-            inputs["states"] = self.normalised(to_torch({"states": observation["states"]}, self.device)["states"], "proprio").float()
+            states = to_torch({"states": observation["states"]}, self.device)["states"]
+            if states.shape[-1] != self.interface.state_dim:
+                wanted = ", ".join(f"{entry.name}[{entry.size}]" for entry in self.interface.state)
+                raise ValueError(f"observation['states'] has {states.shape[-1]} numbers, this policy was trained with {wanted}; vlahub.check finds an adapter")
+            inputs["states"] = self.normalised(states, "proprio").float()
         return inputs
 
     def _prepare_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -636,19 +646,11 @@ class OpenVLAOFT(Policy):
             kept[side, device] = (low, high, torch.tensor(mask, device=device))
         return kept[side, device]
 
-    def set_statistics(self, statistics: Mapping[str, Any], name: str = "") -> None:
-        """Scale actions and states by another data set, before fine-tuning on it.
-
-        Args:
-            statistics: {"action", "proprio"} as in dataset_statistics.json, or {"actions", "states"} as `vlahub.dataset` gives them (in env units).
-            name: what to call the data set.
-        """
-        if "actions" in statistics:
-            action = dict(statistics["actions"])
-            binary = {column for column, _ in self._binary_grippers()}  # trained on 0 and 1, whatever the env's units
-            action["mask"] = [column not in binary for column in range(self.action_dim)]
-            statistics = {"action": action, "proprio": statistics["states"]}
-        self.config = dataclasses.replace(self.config, statistics=dict(statistics), unnorm_key=name)
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        action = dict(statistics["actions"])
+        binary = {column for column, _ in self._binary_grippers()}  # these are trained on 0 and 1, whatever the env's units
+        action["mask"] = [column not in binary for column in range(self.action_dim)]
+        self.config = dataclasses.replace(self.config, statistics={"action": action, "proprio": dict(statistics["states"])}, unnorm_key="")
 
     def normalised(self, x: torch.Tensor, side: str) -> torch.Tensor:
         """Data in its own units -> [-1, 1], float64. A number that never changed becomes 0; numbers outside the mask stay as they are."""
@@ -694,7 +696,7 @@ TINY: dict[str, Any] = dict(
     dino=VitConfig(dim=80, depth=3, heads=4, mlp_dim=320, prefix_tokens=5, layer_scale=True),
     siglip=VitConfig(dim=80, depth=3, heads=4, mlp_dim=320),
     llama=LlamaConfig(vocab_size=704, hidden_size=144, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4),
-    vocab_size=640, image_size=64, patch=8, binary_gripper=False, temperature=1.0, max_prompt=96,
+    vocab_size=640, image_size=64, patch=8, bounds="minmax", binary_gripper=False, temperature=1.0, max_prompt=96,
 )  # fmt: skip
 
 # What a small tokenizer learns its pieces from; any other text falls back to bytes.

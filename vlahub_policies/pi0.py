@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -28,11 +28,15 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, batch_size, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
 from vlahub_policies.parts import aloha, capture, flow, images, lora, randomness, text
-from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack
+from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack, rotation
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
 from vlahub_policies.parts.packing import unpack
 from vlahub_policies.parts.robots import LIBERO
+
+# Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled.
+# The last two are the quickest by far and cost seconds at the first call with each shape, so they are asked for.
+ACCELERATIONS = ("off", "graph", "kernels", "compile")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Pi0Config:
     train_expert_only: bool = True  # freeze SigLIP, projector and language model
     keep_prefix: bool = False  # keep the frozen prefix's keys and values in the trace: evaluate skips the prefix pass (10 MB per decision at full size in bf16)
     gradient_checkpointing: bool = False
-    acceleration: Literal["off", "graph", "compile"] = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
+    acceleration: Literal["off", "graph", "kernels", "compile"] = "graph"  # of predict and sample on CUDA; see ACCELERATIONS
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
 
@@ -98,7 +102,7 @@ class Pi0Config:
             ("resize", ("openpi", "lerobot", "dexbotic")),
             ("value_from", ("actions", "prefix")),
             ("noise_method", flow.METHODS),
-            ("acceleration", ("off", "graph", "compile")),
+            ("acceleration", ACCELERATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known are {', '.join(choices)}")
@@ -115,7 +119,7 @@ class Pi0Config:
             vocab_size=len(text.bundled()), horizon=10, execute=5, value_hidden=(128, 64), train_expert_only=False, augment=False,
         )  # fmt: skip
         identity = Statistics.identity(interface.state_dim, interface.action_dim)
-        return cls(**{**sizes, "interface": interface, "statistics": identity, **overrides})
+        return cls(**{**sizes, "interface": interface, "statistics": identity, "relative": (), **overrides})
 
 
 @dataclass
@@ -186,7 +190,7 @@ class Pi0Policy(Policy):
             self.action_time_mlp_in = nn.Linear(2 * width, width)
             self.action_time_mlp_out = nn.Linear(width, width)
         self.add_fresh()
-        self._compiled: dict[type, Callable] = {}
+        self._quick: dict[type, Callable] = {}
         self._release()
 
     @property
@@ -218,7 +222,8 @@ class Pi0Policy(Policy):
     def encode_prefix(self, pixels: torch.Tensor, tokens: torch.Tensor, token_mask: torch.Tensor, image_mask: torch.Tensor | None = None) -> Prefix:
         embedded, mask = self.embed_prefix(pixels, tokens, token_mask, image_mask)
         visible = mask[:, None, :] & mask[:, :, None]  # one block: every valid token sees every other
-        out, kept = self.language_model(embedded, _positions(mask), _bias(visible, embedded.dtype), through=self._through)
+        turn = rotation(_positions(mask), self.config.vlm.head_dim)
+        out, kept = self.language_model(embedded, turn, _bias(visible, embedded.dtype), through=self._through)
         return Prefix(kept, mask, out)
 
     def timing(self, time: torch.Tensor) -> Timing:
@@ -246,14 +251,18 @@ class Pi0Policy(Policy):
         states = 0 if self.config.pi05 else 1
         return 1 + (torch.arange(states + self.config.horizon, device=device) >= states).long() * states
 
-    def expert_features(self, prefix: Prefix, state: torch.Tensor, x: torch.Tensor, timing: Timing) -> torch.Tensor:
-        """Output of the expert at the action tokens, after its final norm: [B, H, width] float32."""
-        suffix = self.embed_suffix(state, x, timing)
-        blocks = self.block_ids(x.device)
-        own = (blocks[None, :] <= blocks[:, None]).expand(len(x), -1, -1)
+    def suffix_layout(self, prefix: Prefix) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(rotation of the suffix's positions, what its tokens see), the same at every denoising step."""
+        blocks = self.block_ids(prefix.mask.device)
+        own = (blocks[None, :] <= blocks[:, None]).expand(len(prefix.mask), -1, -1)
         visible = torch.cat([prefix.mask[:, None, :].expand(-1, len(blocks), -1), own], dim=2)  # [B, S, P + S]
-        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(blocks), device=x.device)
-        features, _ = self.expert(suffix, positions, _bias(visible, self._compute_dtype), prefix.kept, timing.modulations, self._through)
+        positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(blocks), device=prefix.mask.device)
+        return rotation(positions, self.config.expert.head_dim), _bias(visible, self._compute_dtype)
+
+    def expert_features(self, prefix: Prefix, state: torch.Tensor, x: torch.Tensor, timing: Timing, layout: tuple | None = None) -> torch.Tensor:
+        """Output of the expert at the action tokens, after its final norm: [B, H, width] float32."""
+        turn, bias = self.suffix_layout(prefix) if layout is None else layout
+        features, _ = self.expert(self.embed_suffix(state, x, timing), turn, bias, prefix.kept, timing.modulations, self._through)
         return features[:, -self.config.horizon :].float()
 
     def velocity(self, features: torch.Tensor) -> torch.Tensor:
@@ -274,14 +283,15 @@ class Pi0Policy(Policy):
         return self.value_head(pooled)
 
     def _denoise(self, prefix: Prefix, state: torch.Tensor) -> flow.Denoise:
-        return lambda x, t: self.denoised(self.expert_features(prefix, state, x, self.timing(t)))
+        layout = self.suffix_layout(prefix)
+        return lambda x, t: self.denoised(self.expert_features(prefix, state, x, self.timing(t), layout))
 
     def _through(self, layer: nn.Module, *inputs: Any) -> Any:
-        """Run a layer: compiled for inference if asked for; in training keeping, or recomputing, what its gradient needs."""
+        """Run a layer: in its quick form for inference if there is one; in training keeping, or recomputing, what its gradient needs."""
         if torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False) if self.config.gradient_checkpointing else layer(*inputs)
-        compiled = self._compiled.get(type(layer))
-        return compiled(layer, *inputs) if compiled else layer(*inputs)
+        quick = self._quick.get(type(layer))
+        return quick(layer, *inputs) if quick else layer(*inputs)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -332,8 +342,19 @@ class Pi0Policy(Policy):
             raise CheckpointError("this policy has no normalisation statistics; set them with policy.set_statistics(...)")
         return getattr(self.config.statistics, of)
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Use the statistics of another dataset (`vlahub_policies.parts.normalize.statistics_of`), before fine-tuning on it."""
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]] | Statistics) -> None:
+        """As the contract says, or `Statistics`, which also describe relative actions (`vlahub_policies.parts.normalize.statistics_of(states, actions - states)`)."""
+        if not isinstance(statistics, Statistics):
+            own = [i for i in self.config.relative if i < self.interface.action_dim]
+            if own:
+                raise ValueError(
+                    f"this policy predicts action dimensions {own} relative to the state, and how those differences spread does not follow from statistics of "
+                    "states and actions apart; load it with relative=(), or set a Statistics of the differences"
+                )
+            statistics = Statistics.of_dataset(statistics)
+        for what, moments, size in (("states", statistics.state, self.interface.state_dim), ("actions", statistics.actions, self.interface.action_dim)):
+            if len(moments.mean or moments.q01 or ()) < size:
+                raise ValueError(f"the statistics cover {len(moments.mean or moments.q01 or ())} {what}, the robot has {size}")
         self.config = dataclasses.replace(self.config, statistics=statistics)
 
     def _normalize(self, x: torch.Tensor, of: Literal["state", "actions"]) -> torch.Tensor:
@@ -405,11 +426,13 @@ class Pi0Policy(Policy):
         """`_run` as plain tensor work without a look at any value, so that it can be captured."""
         plan = flow.Schedule(*(inputs[name] for name in ("time", "keep", "move", "spread")))
         prefix = self._encode(inputs)
-        timing = self.timing(plan.time)
-        steps = iter(range(len(plan.time)))  # walk asks for the steps in order
+        denoise = self._denoise(prefix, inputs["state"])
+        if self._compute_dtype != torch.float32:  # in float32 every row has its own timing, as in `evaluate`, so that log-probabilities repeat to 1e-5
+            timing, layout = self.timing(plan.time), self.suffix_layout(prefix)
+            steps = iter(range(len(plan.time)))  # walk asks for the steps in order
 
-        def denoise(x: torch.Tensor, t: torch.Tensor) -> flow.Denoised:
-            return self.denoised(self.expert_features(prefix, inputs["state"], x, timing.at(next(steps))))
+            def denoise(x: torch.Tensor, t: torch.Tensor) -> flow.Denoised:
+                return self.denoised(self.expert_features(prefix, inputs["state"], x, timing.at(next(steps)), layout))
 
         taken = flow.walk(denoise, inputs["x"], plan, inputs.get("noise"))
         done = {name: tensor for name, tensor in vars(taken).items() if tensor is not None}
@@ -426,28 +449,25 @@ class Pi0Policy(Policy):
             self._release()
             self._captured_for, self._acceleration = self.config, self.config.acceleration
         while self._acceleration != "off":
-            if self._captured is None:
-                pack(self)
-                self._compiled = (
-                    {kind: torch.compile(kind.forward, dynamic=False) for kind in (SiglipLayer, GemmaLayer)} if self._acceleration == "compile" else {}
-                )
-                self._captured = capture.Captured(self.denoise_all)
             try:
+                if self._captured is None:
+                    pack(self)
+                    self._quick = quick_layers(self._acceleration, self._compute_dtype)
+                    self._captured = capture.Captured(self.denoise_all)
                 return self._captured(inputs)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
-                slower = {"compile": "graph", "graph": "off"}[self._acceleration]
-                warnings.warn(
-                    f"acceleration={self._acceleration!r} failed, continuing with {slower!r}: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=2
-                )
-                self._captured, self._compiled, self._acceleration = None, {}, slower
+            except Exception as error:  # whatever a compiler or driver objects to: the next form is slower, not wrong
+                slower = ACCELERATIONS[ACCELERATIONS.index(self._acceleration) - 1]
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                warnings.warn(f"acceleration={self._acceleration!r} failed, continuing with {slower!r}: {reason}", RuntimeWarning, stacklevel=2)
+                self._captured, self._quick, self._acceleration = None, {}, slower
         return self.denoise_all(inputs)
 
     def _release(self) -> None:
         """Forget what was laid out, captured or compiled for parameters at their present addresses."""
         unpack(self)
-        self._captured, self._compiled, self._captured_for, self._acceleration = None, {}, None, "off"
+        self._captured, self._quick, self._captured_for, self._acceleration = None, {}, None, "off"
 
     def _encode(self, inputs: Trace) -> Prefix:
         return self.encode_prefix(images.to_pixels(inputs["images"]), inputs["tokens"], inputs["token_mask"])
@@ -554,6 +574,13 @@ class Pi0Policy(Policy):
             self.to(dtype)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": None, "_quick": {}}  # a graph belongs to the parameters that it was captured with
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._release()
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._release()  # `assign` replaces parameters
         return super().load_state_dict(*args, **kwargs)
@@ -598,12 +625,43 @@ class Pi0Policy(Policy):
         return policy
 
     def initialise(self) -> None:
-        """Fresh weights, for training from nothing: torch's defaults, except that embeddings start at the scale that Gemma multiplies up."""
-        nn.init.normal_(self.paligemma.lm_head.weight, std=self.config.vlm.width**-0.5)
+        """Fresh weights, for training from nothing: signals keep their scale from layer to layer, and the adaptive norms start closed."""
+        for name, layer in self.paligemma_with_expert.named_modules():
+            if isinstance(layer, nn.Linear) and not name.endswith(".dense"):
+                closing = name.endswith(("o_proj", "out_proj", "down_proj", "fc2"))  # 2 depth of them add up in the residual stream
+                nn.init.normal_(layer.weight, std=(layer.in_features * (2 * self.config.vlm.depth if closing else 1)) ** -0.5)
+        for name in ("action_time_mlp_in", "action_time_mlp_out", "time_mlp_in", "time_mlp_out"):
+            if hasattr(self, name):
+                layer = getattr(self, name)
+                nn.init.normal_(layer.weight, std=1.7 * layer.in_features**-0.5)  # silu shrinks what passes through it
+        nn.init.normal_(self.paligemma.lm_head.weight, std=self.config.vlm.width**-0.5)  # Gemma multiplies it by sqrt(width)
         nn.init.normal_(self.paligemma.model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.02)
 
     def side_files(self) -> dict[str, bytes]:
         return {text.FILE: self.tokenizer.model}
+
+
+def quick_layers(acceleration: str, dtype: torch.dtype) -> dict[type, Callable]:
+    """How to run layers of each kind, called as quick(layer, *inputs)."""
+    if acceleration == "graph" or dtype != torch.bfloat16:
+        return {}
+    from vlahub_policies.parts import kernels
+
+    if acceleration == "kernels":
+        return {GemmaLayer: kernels.layer}
+    compiled = {kind: torch.compile(kind.forward, dynamic=False) for kind in (SiglipLayer, GemmaLayer)}
+
+    def gemma(layer: GemmaLayer, x: torch.Tensor, *inputs: Any) -> Any:
+        if x.shape[0] == 1 and x.shape[1] <= kernels.ROWS:
+            return kernels.layer(layer, x, *inputs)
+        with torch._dynamo.config.patch(recompile_limit=64):  # once per batch size, number of cameras and prompt length
+            return compiled[GemmaLayer](layer, x, *inputs, attention=kernels.attend_opaque)
+
+    def siglip(layer: SiglipLayer, x: torch.Tensor) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled[SiglipLayer](layer, x)
+
+    return {GemmaLayer: gemma, SiglipLayer: siglip}
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

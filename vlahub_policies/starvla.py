@@ -29,7 +29,6 @@ from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.acceleration import Acceleration, Mode
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
-from vlahub_policies.parts.normalize import Statistics
 from vlahub_policies.parts.qwen_text import END, IMAGE, PAD, START, VISION_END, VISION_START
 from vlahub_policies.parts.qwen_vl import (
     DecoderLayer,
@@ -48,6 +47,8 @@ from vlahub_policies.parts.qwen_vl import (
 ACTION_TOKEN = "🔍"  # one rare character that Qwen's vocabulary holds as one token
 
 # ------------------------------------------------------------------------------------------------ actions
+
+BOUNDS = {"min_max": ("min", "max"), "q99": ("q01", "q99")}  # which entries of the statistics scale an action
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ActionCodec:
     @classmethod
     def of(cls, interface: Interface, statistics: Mapping[str, Any], **options: Any) -> ActionCodec:
         """From one entry of dataset_statistics.json (its "action" part)."""
-        keys = ("q01", "q99") if options.get("bounds") == "q99" else ("min", "max")
+        keys = BOUNDS[options.get("bounds", "min_max")]
         missing = [key for key in keys if key not in statistics]
         if missing:
             raise hub.CheckpointError(f"dataset_statistics.json has no {' and no '.join(missing)} for actions")
@@ -276,15 +277,18 @@ class QwenOFTPolicy(Policy):
         return self._encoded[instruction]
 
     def prepare(self, observation: Observation) -> Trace:
-        pictures = [views(observation, key) for key, wanted in self._cameras() if wanted]
-        images = torch.cat([self._resize(images[:, :wanted]) for images, (_, wanted) in zip(pictures, [c for c in self._cameras() if c[1]], strict=True)], 1)
+        images = []
+        extras, wrists = self.interface.extras, self.interface.wrists
+        for key, cameras in (("main_images", (self.interface.main,)), ("extra_view_images", extras), ("wrist_images", wrists)):  # the order of training
+            given = views(observation, key)[:, : len(cameras)] if cameras and key in observation else None
+            if cameras and (given is None or given.shape[1] < len(cameras)):
+                names = ", ".join(camera.name for camera in cameras)
+                raise ValueError(f"observation[{key!r}] has {0 if given is None else given.shape[1]} views, the policy needs {len(cameras)} ({names})")
+            if given is not None:
+                images.append(self._resize(given))
         rows = [self._inputs(text) for text in observation["task_descriptions"]]
         tokens, positions = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
-        return {"images": images, "tokens": tokens, "positions": positions}
-
-    def _cameras(self) -> tuple[tuple[str, int], ...]:
-        """Observation keys in the order of the prompt's images, with how many views of each are used."""
-        return (("main_images", 1), ("extra_view_images", len(self.interface.extras)), ("wrist_images", len(self.interface.wrists)))
+        return {"images": torch.cat(images, 1), "tokens": tokens, "positions": positions}
 
     def _resize(self, images: Any) -> torch.Tensor:
         """uint8 [B, V, H, W, 3], numpy or torch -> [B, V, h, w, 3] on the policy's device."""
@@ -386,11 +390,11 @@ class QwenOFTPolicy(Policy):
 
     # -------------------------------------------------------------------------------------------- making and saving
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Scale actions by the 1 % and 99 % quantiles of another dataset, before fine-tuning on it. Grippers stay unscaled."""
-        if statistics.actions.q01 is None or statistics.actions.q99 is None:
-            raise ValueError("the statistics have no quantiles (q01, q99) of the actions")
-        self.config = replace(self.config, codec=replace(self.config.codec, low=statistics.actions.q01, high=statistics.actions.q99))
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """As the contract says; the model reads no state, and grippers stay unscaled."""
+        names = BOUNDS[self.config.codec.bounds]
+        low, high = (tuple(map(float, statistics["actions"][name])) for name in names)
+        self.config = replace(self.config, codec=replace(self.config.codec, low=low, high=high))
 
     def side_files(self) -> dict[str, bytes]:
         return {qwen_text.TOKENIZER: qwen_text.to_bytes(self.tokenizer)}
@@ -403,7 +407,7 @@ class QwenOFTPolicy(Policy):
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
-        """The same model at about 1.5 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
+        """The same model at about 1.4 million parameters, with fresh weights and a small tokenizer. It scales actions by the interface's bounds until `set_statistics` is called."""
         opened, closed = _gripper_numbers(interface)
         space = interface.action_space()
         low, high = (np.where(np.isfinite(side), side, unit).astype(float) for side, unit in ((space.low, -1.0), (space.high, 1.0)))
@@ -411,10 +415,10 @@ class QwenOFTPolicy(Policy):
         sizes: dict[str, Any] = dict(
             interface=replace(interface, state=()),  # the model reads no state
             codec=ActionCodec(tuple(low.tolist()), tuple(high.tolist()), tuple(number is None for number in opened), opened, closed, binary=False),
-            vision=VisionConfig(4, 96, 4, 192, window=56, full_attention=(1, 3), out=128),
+            vision=VisionConfig(4, 96, 4, 192, patch=8, window=32, full_attention=(1, 3), out=128),  # 36 tokens a view
             # a base of a million gives the width axis frequencies that a grid of 4 x 4 tokens cannot tell apart
             text=TextConfig(tokenizer.get_vocab_size(), 4, 128, 4, 2, 32, 256, rope_base=30.0, rope_sections=(4, 6, 6)),
-            image_size=(112, 112),
+            image_size=(96, 96),
         )
         return cls(Config(**{**sizes, **overrides}), tokenizer).eval()
 

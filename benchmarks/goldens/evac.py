@@ -15,10 +15,11 @@ from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig, clip_pixels
 from vlahub_envs.evac.environment import EvacVectorEnv
 from vlahub_envs.evac.model import AGIBOT, WorldModel, WorldModelConfig
+from vlahub_envs.evac.quirks import PublishedImagination
 from vlahub_envs.evac.resampler import ResamplerConfig
 from vlahub_envs.evac.reward import RewardClassifier
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
-from vlahub_envs.evac.simulation import Imagination
+from vlahub_envs.evac.simulation import state_of
 from vlahub_envs.evac.start_states import StartState, StartStates, resized
 from vlahub_envs.evac.trajectory import imagine_trajectory
 from vlahub_envs.evac.unet import UNetConfig, VideoUNet
@@ -46,12 +47,13 @@ def load(module, golden, prefix):
     return module.eval()
 
 
-def unet_config(record: dict) -> UNetConfig:
+def unet_config(record: dict, action_tokens: int = 16) -> UNetConfig:
     same = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "num_head_channels", "context_dim", "dropout")
     return UNetConfig(
         **{name: record[name] for name in same},
         channel_mult=tuple(record["channel_mult"]),
         attention_resolutions=tuple(record["attention_resolutions"]),
+        action_tokens=action_tokens,
     )
 
 
@@ -62,7 +64,7 @@ def autoencoder_config(record: dict) -> AutoencoderConfig:
 @torch.no_grad()
 def unet(golden: Golden) -> Iterable[Check]:
     given, record = inputs(golden), golden.meta["config"]["unet"]
-    model = load(VideoUNet(unet_config(record)), golden, "model.diffusion_model.")
+    model = load(VideoUNet(unet_config(record, golden.meta["config"]["traj_context_len"])), golden, "model.diffusion_model.")
     seen = {}
     model.init_attn[0].register_forward_hook(lambda _, __, y: seen.update(after_init_attn=y))
     model.middle_block[-1].register_forward_hook(lambda _, __, y: seen.update(after_middle=y))
@@ -169,7 +171,8 @@ def reward_model(golden: Golden) -> Iterable[Check]:
 @torch.no_grad()
 def action_predictor(golden: Golden) -> Iterable[Check]:
     given = inputs(golden)
-    model = ActionConverter()
+    record = golden.meta["config"]
+    model = ActionConverter(record["input_dim"] - record["output_dim"], tuple(record["hidden_dims"]))
     statistics = {name: given[name] for name in ("abs_action_mean", "abs_action_std")}
     model.load_state_dict({**filled_state(golden.meta["state_dict"], golden.meta["seed"]), **statistics}, strict=True)
     yield close(golden, "raw", model.raw(given["delta_action"], given["pose"]))
@@ -334,8 +337,8 @@ def rollout_model(golden: Golden, **changes) -> WorldModel:
     return model.eval()
 
 
-class Recorded(Imagination):
-    """The imagination with the golden's noise, keeping what each stage was fed."""
+class Recorded(PublishedImagination):
+    """The published loop with the golden's noise, keeping what each stage was fed."""
 
     def __init__(self, *args, noises: list[tuple[torch.Tensor, torch.Tensor]], **kwargs):
         super().__init__(*args, **kwargs)
@@ -359,6 +362,11 @@ class Recorded(Imagination):
 
         model.conditions, model.imagine, model.decode = conditions, imagined, decoded
 
+    def poses(self, worlds, actions):
+        planned = super().poses(worlds, actions)
+        self.buffer = worlds[0].buffer(planned[0][0])
+        return planned
+
     def noise(self, worlds):
         return self.noises[len(self.seen) - 1]
 
@@ -376,9 +384,7 @@ def rollout_rlinf(golden: Golden) -> Iterable[Check]:
     )
     noises = [(first, later[:, :, :, m:]) for first, later in zip(given["noise"], given["step_noise"], strict=True)]
     start = StartState(resized(given["frame"].numpy(), *size), given["init_ee_pose"].numpy(), "any", 0, 0)
-    imagination = Recorded(
-        model, StartStates([start]), noises=noises, denoising_steps=config["ddim_steps"], eta=config["eta"], clean_end=False, strict_upstream_quirks=True
-    )
+    imagination = Recorded(model, StartStates([start]), noises=noises, denoising_steps=config["ddim_steps"], eta=config["eta"], clean_end=False)
     env = EvacVectorEnv(imagination=imagination, max_steps=config["max_episode_steps"])
 
     def relative(name: str, actual: object) -> Check:
@@ -387,17 +393,21 @@ def rollout_rlinf(golden: Golden) -> Iterable[Check]:
     def exact(name: str, actual: object, atol: float = 0) -> Check:
         return Check(name, actual, golden.tensors[f"out.{name}"], atol=atol)
 
+    def shown(stage: str, observation: dict) -> Check:
+        """Our states have LIBERO's layout, the published ones are the pose twice."""
+        expected = golden.tensors[f"out.{stage}.state"][0, :8].numpy()
+        return Check(f"{stage}.state", observation["states"][0], state_of(expected, model.config), atol=1e-4)
+
     observation, _ = env.reset(seed=0)
-    world = env.worlds[0]
     yield exact("reset.full_image", observation["main_images"])
     yield relative("reset.memory", start.pixels()[None])
-    yield exact("reset.state", [np.concatenate([world.start.pose] * 2)], 1e-4)
+    yield shown("reset", observation)
     total = 0.0
     for chunk, actions in enumerate(given["actions"]):
         result = env.step_chunk(actions.numpy())
         seen, name = imagination.seen[chunk], f"chunk{chunk}"
         conditions = seen["conditions"]
-        yield exact(f"{name}.action_buffer", np.concatenate([world.pose_rows, world.pose_rows], axis=-1)[None], 1e-4)
+        yield exact(f"{name}.action_buffer", np.concatenate([imagination.buffer] * 2, axis=-1)[None], 1e-4)
         yield exact(f"{name}.delta_action", seen["rows"], 1e-4)
         yield Check(f"{name}.traj_map", seen["maps"][0], golden.tensors[f"out.{name}.traj_map"][m:])
         yield relative(f"{name}.cond_latent", conditions.latent)
@@ -406,7 +416,7 @@ def rollout_rlinf(golden: Golden) -> Iterable[Check]:
         yield relative(f"{name}.samples", seen["samples"])
         yield relative(f"{name}.frames", seen["frames"][0])
         yield exact(f"{name}.full_image", result.observation["main_images"], 1)
-        yield exact(f"{name}.state", np.concatenate([world.pose_rows[-1]] * 2)[None], 1e-4)
+        yield shown(name, result.observation)
         yield relative(f"{name}.success_probability", result.info["success_probability"].T)
         total += result.reward.sum()
         yield exact(f"{name}.rewards", result.reward)

@@ -17,8 +17,8 @@ TOY_TOKENIZER = "toy_tokenizer.model"
 
 def place(golden: Golden) -> Callable[[Golden], Iterator[Check]] | None:
     meta, name = golden.meta, golden.path.stem
-    if name == "manifest_full" and golden.path.parent.name in ("pi0", "pi05", "dexbotic_pi0"):
-        return manifest
+    if name.startswith("manifest"):
+        return manifest if any(key.startswith(("paligemma_with_expert.", "model.action_expert.")) for key in meta) else None
     model = str(meta.get("model", ""))
     if not model.startswith(("pi0", "dexbotic_pi0")):
         return None
@@ -32,9 +32,9 @@ def policy_of(golden: Golden) -> pi0.Pi0Policy:
     sizes, published = golden.meta["config"], golden.meta["state_dict"]
     is_dexbotic = golden.meta["model"].startswith("dexbotic")
     rl = sizes.get("rl", {})
-    value_hidden = tuple(published[f"value_head.mlp.{i}.weight"][0] for i in range(0, 20, 2) if f"value_head.mlp.{i + 2}.weight" in published)
+    layers = [i for i in range(0, 20, 2) if f"value_head.mlp.{i + 2}.weight" in published]  # all but the last
     config = (dexbotic.DexboticConfig if is_dexbotic else pi0.Pi0Config)(
-        pi05=sizes.get("pi05", False),
+        pi05=any(name.removeprefix("model.") == "time_mlp_in.weight" for name in published),
         vlm=gemma.GemmaConfig(**sizes["vlm"]),
         expert=gemma.GemmaConfig(**sizes["expert"]),
         vision=gemma.SiglipConfig(**sizes["vision"]),
@@ -52,7 +52,7 @@ def policy_of(golden: Golden) -> pi0.Pi0Policy:
         noise_range=tuple(rl.get("noise_logvar_range", (0.08, 0.16))),
         value_head=rl.get("add_value_head", False),
         value_from="prefix" if rl.get("value_after_vlm") else "actions",
-        value_hidden=value_hidden or (512, 256, 128),
+        value_hidden=tuple(published[f"value_head.mlp.{i}.weight"][0] for i in layers),
         train_expert_only=False,
     )
     policy = (dexbotic.DexboticPolicy if is_dexbotic else pi0.Pi0Policy)(config, text.bundled()).eval()
@@ -209,9 +209,17 @@ def upstream_pool(golden: Golden, policy: pi0.Pi0Policy, out: torch.Tensor) -> t
 # ------------------------------------------------------------------------------------------------ around the network
 
 
+def toy_tokenizer(golden: Golden) -> text.Tokenizer:
+    """The tokenizer that stands in for the published one; it lies beside the goldens of openpi."""
+    for folder in (golden.path.parent, golden.path.parent.parent / "pi0", golden.path.parent.parent):
+        if (folder / TOY_TOKENIZER).is_file():
+            return text.Tokenizer((folder / TOY_TOKENIZER).read_bytes())
+    raise FileNotFoundError(f"{TOY_TOKENIZER} is neither beside {golden.path} nor in ../pi0")
+
+
 def openpi_transforms(golden: Golden) -> Iterator[Check]:
     given, actual = golden.tensors, {}
-    tokenizer = text.Tokenizer((golden.path.parent / TOY_TOKENIZER).read_bytes())
+    tokenizer = toy_tokenizer(golden)
     for entry in golden.meta["texts"]:
         kind, i = entry["kind"], entry["index"]
         if kind == "pi0":
@@ -221,10 +229,12 @@ def openpi_transforms(golden: Golden) -> Iterator[Check]:
             yield Check(f"pi05_decoded_{i}", tokenizer.decode(row[: entry["max_len"]]), entry["decoded"])
         tokens, mask = text.pad([row], entry["max_len"])
         actual[f"{kind}_tokens_{i}"], actual[f"{kind}_mask_{i}"] = tokens[0], mask[0]
-    for i in range(3):
-        picture = given[f"image_{i}"][None]
-        actual[f"resize_pil_{i}"] = images.resize_with_pad(picture, 16)[0]
-        actual[f"resize_torch_{i}"] = images.resize_float_with_pad(images.to_pixels(picture.permute(0, 3, 1, 2)), 16)[0].permute(1, 2, 0)
+    for name in golden.meta["outputs"]:
+        if name.startswith("resize_"):
+            picture, size = given[f"image_{name.split('_')[-1]}"][None], given[name].shape[0]
+            floats = images.to_pixels(picture.permute(0, 3, 1, 2))
+            as_floats = name.startswith("resize_torch")
+            actual[name] = images.resize_float_with_pad(floats, size)[0].permute(1, 2, 0) if as_floats else images.resize_with_pad(picture, size)[0]
     for kind in ("state", "actions"):
         running = normalize.RunningStatistics()
         for batch in np.split(given[f"stats_samples_{kind}"].numpy(), 5):
@@ -248,7 +258,7 @@ def openpi_transforms(golden: Golden) -> Iterator[Check]:
 def dexbotic_transforms(golden: Golden) -> Iterator[Check]:
     given, actual = golden.tensors, {}
     size = golden.meta["image_size"]
-    tokenizer = text.Tokenizer((golden.path.parent.parent / "pi0" / TOY_TOKENIZER).read_bytes())
+    tokenizer = toy_tokenizer(golden)
     for entry in golden.meta["texts"]:
         actual[f"tokens_{entry['index']}"] = text.pad([tokenizer.prompt(entry["prompt"])], entry["max_len"])[0][0]
     for i in range(sum(name.startswith("pixel_values_") for name in golden.meta["outputs"])):
@@ -280,10 +290,10 @@ def _transforms(config: pi0.Pi0Config) -> pi0.Pi0Policy:
 def manifest(golden: Golden) -> Iterator[Check]:
     """Every published tensor of the full-size checkpoint has its place, with its shape, and every place is filled."""
     published = golden.meta
-    is_dexbotic = golden.path.parent.name == "dexbotic_pi0"
+    is_dexbotic = any(name.startswith("model.action_expert.") for name in published)
     kind = dexbotic.DexboticPolicy if is_dexbotic else pi0.Pi0Policy
     with torch.device("meta"):
-        policy = kind(kind.Config(pi05="time_mlp_in.weight" in published), text.bundled())
+        policy = kind(kind.Config(pi05=any(name.removeprefix("model.") == "time_mlp_in.weight" for name in published)), text.bundled())
     ours = {name: list(tensor.shape) for name, tensor in policy.state_dict().items()}
     theirs = {kind.rename(name): entry["shape"] for name, entry in published.items()}
     unused = [name for name in published if kind.rename(name) is None]

@@ -9,7 +9,7 @@ import torch
 from tests.envs.evac_tiny import CONFIG, resampler, tiny
 from vlahub.hub import CheckpointError
 from vlahub_envs.evac import checkpoint
-from vlahub_envs.evac.model import WorldModel
+from vlahub_envs.evac.model import AGIBOT, WorldModel, WorldModelConfig
 
 # a published layout says nothing about sizes, so its loader is told the tiny ones
 SIZES = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
@@ -74,6 +74,28 @@ def test_the_published_agibot_layout(model, tmp_path, wrap):
     loaded = WorldModel.from_pretrained(tmp_path, **{**SIZES, "reward_widths": None, "converter_hidden": None})
     assert loaded.reward_model is None and loaded.action_predictor is None
     torch.testing.assert_close(loaded.unet.out[2].weight, model.unet.out[2].weight)
+
+
+def hollow(shapes: dict) -> dict:
+    """Tensors of any size that share one number, in memory and in the file."""
+    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("variant", [WorldModelConfig(), AGIBOT], ids=["libero", "agibot"])
+def test_full_size_files_need_no_options(tmp_path, variant):
+    state = hollow(checkpoint.published_shapes(variant))
+    if variant == AGIBOT:
+        torch.save({f"_forward_module.{name}": tensor for name, tensor in state.items()}, tmp_path / "EnerV_AC_deepspeed_v0.1.pt")
+    else:
+        parts = checkpoint.empty_model(variant)
+        converter = {name: tuple(tensor.shape) for name, tensor in parts.action_predictor.state_dict().items()}
+        statistics = {name: torch.zeros(converter.pop(name)) for name in checkpoint.STATISTICS}
+        torch.save({"state_dict": state}, tmp_path / "evac.ckpt")
+        torch.save(hollow({name: tuple(tensor.shape) for name, tensor in parts.reward_model.state_dict().items()}), tmp_path / "classifier.pth")
+        torch.save({"model_state_dict": hollow(converter), **statistics}, tmp_path / "action_predictor.pth")
+    loaded = WorldModel.from_pretrained(tmp_path)
+    assert loaded.config == variant
+    assert loaded.image_proj_model.latents.shape == (1, 16 * variant.chunk, 1024)
 
 
 def test_a_repository_with_several_suites_needs_a_choice(model, tmp_path):

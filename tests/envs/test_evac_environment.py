@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, starts, tiny
+from tests.worlds import PointWorld
+from vlahub import catalog
+from vlahub.catalog import EnvCard
 from vlahub.env import Env
 from vlahub.observation import select, validate
 from vlahub_envs.evac import start_states
 from vlahub_envs.evac.environment import EvacVectorEnv
-from vlahub_envs.evac.simulation import Evac, Imagination, state_of
+from vlahub_envs.evac.simulation import Imagination, alone, starts_of, state_of
 from vlahub_envs.evac.start_states import StartState, StartStateError, StartStates
 
 STARTS = starts()
@@ -78,6 +81,19 @@ def test_poses_become_liberos_state():
     np.testing.assert_allclose(state_of(pose, CONFIG), [0.1, 0.2, 0.3, 0, turn, 0, 0, 0], atol=1e-6)
     pose[3:] = 0, 0, 0, 1, -1.0
     np.testing.assert_allclose(state_of(pose, CONFIG)[3:], [0, 0, 0, 0.04, -0.04], atol=1e-6)
+
+
+def test_start_states_are_taken_from_a_simulation_with_the_same_interface():
+    found = starts_of(alone(tiny(), STARTS), CONFIG, trials=2)
+    assert [(s.task, s.trial) for s in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for start in found:
+        original = STARTS.choose(0, start.task, start.trial)
+        assert start.text == original.text
+        np.testing.assert_array_equal(start.image, original.image)
+        np.testing.assert_allclose(state_of(start.pose, CONFIG), state_of(original.pose, CONFIG), atol=1e-6)
+        np.testing.assert_allclose(start.pose[7], original.pose[7], atol=1e-6)
+    with pytest.raises(ValueError, match="need LIBERO's state"):
+        starts_of(PointWorld(), CONFIG, trials=1)
 
 
 def test_an_episode_does_not_depend_on_its_neighbours():
@@ -198,6 +214,14 @@ def test_slots_run_in_the_background():
     env.close()
 
 
+def test_pictures_for_people():
+    env = make(2, render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    first, second = env.render(mask=[True, False])
+    np.testing.assert_array_equal(first, observation["main_images"][0, :, ::-1])
+    assert second is None and make(2).render() is None
+
+
 def test_chunks_of_different_lengths_and_recording():
     env = make(3)
     env.reset(seed=0)
@@ -205,21 +229,40 @@ def test_chunks_of_different_lengths_and_recording():
     result = env.step_chunk([given[0], given[1][:3], None], record=[True, True, False], record_every=2)
     assert result.length.tolist() == [CHUNK, 3, 0]
     assert [None if frames is None else len(frames) for frames in result.info["frames"]] == [2, 1, None]
-    np.testing.assert_array_equal(result.info["frames"][0][1][::-1, ::-1], result.observation["main_images"][0])
+    np.testing.assert_array_equal(result.info["frames"][0][1][:, ::-1], result.observation["main_images"][0])
     with pytest.raises(ValueError, match="2 chunks of actions for 3 envs"):
         env.step_chunk([given[0], None])
 
 
 def test_one_world_is_a_gymnasium_env():
-    env = Env(Evac(tiny(success=-9.0), STARTS, denoising_steps=2), render_mode="rgb_array")
+    env = Env(alone(tiny(success=-9.0), STARTS, denoising_steps=2), render_mode="rgb_array")
     observation, _ = env.reset(seed=1)
     assert env.observation_space.contains(observation)
-    np.testing.assert_array_equal(env.render(), observation["main_images"][::-1, ::-1])
+    np.testing.assert_array_equal(env.render(), observation["main_images"][:, ::-1])
     shown = []
     result = env.step_chunk(actions(1)[0], watch=lambda: shown.append(env.render()))
     assert len(shown) == CHUNK and result.length == CHUNK
-    np.testing.assert_array_equal(shown[-1][::-1, ::-1], result.observation["main_images"])
+    np.testing.assert_array_equal(shown[-1][:, ::-1], result.observation["main_images"])
     assert env.step(np.zeros(7, np.float32))[1] == 0.0
+
+
+def test_a_card_makes_both_kinds_from_files(tmp_path):
+    tiny(success=-9.0).save_pretrained(tmp_path / "model")
+    start_states.write(STARTS, tmp_path / "starts.safetensors")
+    kwargs = {"model": str(tmp_path / "model"), "starts": str(tmp_path / "starts.safetensors")}
+    where = "vlahub_envs.evac.simulation:alone", "vlahub_envs.evac.environment:EvacVectorEnv"
+    card = EnvCard("test/Imagined", "evac", where[0], "a tiny imagined world", kwargs, vector=where[1])
+    world = catalog.make_simulation(card, denoising_steps=2)
+    world.reset(3, {})
+    env = catalog.load(card.vector)(card, num_envs=2, denoising_steps=2)
+    env.reset(seed=[3, 4])
+    given = actions(2)
+    world.apply(given[0])
+    together = env.step_chunk(given).observation["main_images"][0].astype(int)
+    assert np.abs(together - world.observe()["main_images"]).max() <= 1
+    for make_it in (lambda: catalog.make_simulation(card, denoising_step=2), lambda: catalog.load(card.vector)(card, denoising_step=2)):
+        with pytest.raises(TypeError, match="no option 'denoising_step'; did you mean 'denoising_steps'"):
+            make_it()
 
 
 def test_published_quirks_stay_behind_their_switch():
@@ -230,7 +273,7 @@ def test_published_quirks_stay_behind_their_switch():
     np.testing.assert_array_equal(result.observation["states"], before)  # the pose that is shown never moves
     assert result.reward.tolist() == [[5, 0, 0, 0]] * 2 and result.terminated[:, -1].all() and not result.terminated[:, :-1].any()
     assert env.step_chunk(actions(2)).length.tolist() == [CHUNK] * 2  # finished worlds are imagined on
-    tokens = [env.imagination._tokens(world) for world in env.worlds]
+    tokens = [env.imagination.tokens(world) for world in env.worlds]
     torch.testing.assert_close(*tokens)  # of the first world, whatever the second one saw
 
 
@@ -258,11 +301,11 @@ IMAGE, POSE = np.zeros((SIZE, SIZE, 3), np.uint8), np.array([0, 0, 0, 0, 0, 0, 1
 )
 def test_bad_starts_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Evac(tiny(), STARTS).reset(0, options)
+        alone(tiny(), STARTS).reset(0, options)
 
 
 def test_a_start_by_hand():
-    world = Evac(tiny(), denoising_steps=2)
+    world = alone(tiny(), denoising_steps=2)
     with pytest.raises(StartStateError, match="without start states"):
         world.reset(0, {})
     world.reset(0, {"image": IMAGE, "pose": POSE, "text": "go"})

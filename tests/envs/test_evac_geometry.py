@@ -73,7 +73,7 @@ def test_a_line_of_no_length_is_its_end():
     np.testing.assert_array_equal(line(20, 20, (9, 9), (9, 9), 8), disc(20, 9, 9, 4))
 
 
-@pytest.mark.parametrize("end", [(10_000_000, -10_000_000), (-10_000_000, 3), (8, 10_000_000)])
+@pytest.mark.parametrize("end", [(2_147_483_647, -2_147_483_647), (-2_147_483_647, 3), (8, 2_147_483_647)])
 def test_lines_that_leave_the_picture_far_away_cost_no_more(end):
     drawn = line(16, 16, (8, 8), end, 3)
     assert drawn[8, 8] and 16 <= drawn.sum() <= 80
@@ -119,6 +119,18 @@ def test_both_cameras_put_a_point_where_they_should():
     forward_x = np.array([1.0, -0.05, -0.02])  # the same point for a camera that looks along x, with y to the left and z up
     u, v = 100 * -0.05 + 32, 100 * -0.02 + 24
     np.testing.assert_array_equal(conditioning.project(forward_x, K, np.eye(4), (48, 64), "libero"), [63 - u, 47 - v])
+
+
+def test_a_mujoco_camera_sees_points_where_mujoco_draws_them():
+    entries = conditioning.mujoco_camera((0.6586, 0, 1.6104), (0.638, 0.3048, 0.3048, 0.638), 45, 256, 256)
+    assert entries["intrinsic"][0][0] == pytest.approx(-309.02, abs=0.01)
+    to_world = conditioning.pose_matrix(entries["camera_position"], entries["camera_quaternion_wxyz"])
+    point = np.array([-0.1, 0.15, 1.0])
+    axes = conditioning.rotation_matrix(np.array([0.3048, 0.3048, 0.638, 0.638]))  # columns: the camera's right, up and backward in the world
+    right, up, backward = (point - [0.6586, 0, 1.6104]) @ axes
+    column, row = 128 + 309.02 * right / -backward, 128 - 309.02 * up / -backward
+    seen = conditioning.project(point, np.array(entries["intrinsic"]), to_world, (256, 256), "libero")
+    np.testing.assert_array_equal(seen, [int(256 - column), int(row)])  # mirrored left to right
 
 
 def test_rays_start_at_the_camera_and_pass_through_the_pixels():

@@ -10,7 +10,7 @@ import torch
 from benchmarks.parity import filled_state
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE
 from vlahub_envs.evac.model import WorldModel
-from vlahub_envs.evac.simulation import Evac
+from vlahub_envs.evac.simulation import alone
 
 
 def filled_model() -> WorldModel:
@@ -98,7 +98,7 @@ WORLD = [137.75, 0.54677, 0.66676, 137.22, 0.5439, -0.27364]  # mean brightness,
 
 
 def test_a_world_gives_its_numbers(model):
-    world = Evac(model, denoising_steps=2, eta=0.0, threshold=0.9)
+    world = alone(model, denoising_steps=2, eta=0.0, threshold=0.9)
     picture = ((image(0).permute(1, 2, 0) + 1) * 127).to(torch.uint8).numpy()
     world.reset(0, {"image": picture, "pose": np.array([0.5, 0.1, 0.2, 0, 0, 0, 1, -1], np.float32), "text": "go"})
     world.imagination.noise = lambda worlds: (waves(1, 4, CHUNK, *CONFIG.latent_size), None)

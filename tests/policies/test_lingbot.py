@@ -202,6 +202,24 @@ def test_saving_and_loading(policy, tmp_path):
     assert again.noise_head is not None and again.config.joints == policy.config.joints
 
 
+def test_statistics_of_another_dataset_change_the_scale():
+    policy = tiny()
+    numbers = {"mean": [1.0] * 14, "std": [2.0] * 14, "min": [0.0] * 14, "max": [3.0] * 14, "q01": [0.1] * 14, "q99": [2.9] * 14}
+    policy.set_statistics({"states": numbers, "actions": numbers})
+    assert torch.allclose(policy.config.joints.actions_out(torch.full((14,), 0.5)), torch.full((14,), 2.0), atol=1e-5)
+
+
+def test_mixed_precision_trains_float32_weights():
+    policy = tiny().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = policy.sample(looks(), SEEDS)
+        policy.evaluate(sample.trace).log_prob.sum().backward()
+        loss = policy.sft_loss({**looks(), "actions": np.zeros((3, 10, 14), np.float32)}, SEEDS)
+    loss.backward()
+    assert sample.log_prob.dtype == torch.float32 and torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+
+
 def test_columns_must_fit():
     with pytest.raises(ValueError, match="state_columns has 3 entries"):
         tiny(joints=replace(unified(), state_columns=(0, 1, 2)))

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -36,7 +37,7 @@ def observation(interface: Interface, batch: int = 3, size: int = 40) -> dict:
 
 def tiny(interface: Interface = oft.LIBERO_TWO_CAMERAS, **options) -> OpenVLAOFT:
     torch.manual_seed(0)
-    return OpenVLAOFT.tiny(interface, **{"horizon": 3, "execute": 2, **options})
+    return OpenVLAOFT.tiny(interface, **{"horizon": 3, "execute": 2, "bounds": "q99", **options})
 
 
 # ------------------------------------------------------------------------------------------------ equality
@@ -92,12 +93,13 @@ def test_jpeg_is_libjpeg_to_the_bit():
 
 
 def test_resizes_keep_constant_pictures_and_sizes():
-    grey = torch.full((2, 48, 64, 3), 77, dtype=torch.uint8)
+    greys = torch.arange(256, dtype=torch.uint8)[:, None, None, None]  # every level: a conversion that cuts instead of rounding shows in some
     for resize in (lanczos, bicubic, centre_crop):
-        assert torch.equal(resize(grey, 28), torch.full((2, 28, 28, 3), 77, dtype=torch.uint8))
+        assert torch.equal(resize(greys.expand(-1, 12, 16, 3), 7), greys.expand(-1, 7, 7, 3))
     ramp = torch.arange(100, dtype=torch.uint8)[None, :, None, None].expand(1, 100, 100, 3)
-    cropped = centre_crop(ramp, 100)[0, :, 0, 0].tolist()
-    assert cropped[0] == 2 and cropped[-1] == 96  # 2.54 and 96.46, cut: 5.1 % of the side goes, half on each end
+    side = 0.9**0.5  # the box takes 5.1 % off the side, half on each end; 255.5 is TensorFlow's scale from float to uint8
+    positions = 99 * ((1 - side) / 2 + side * np.arange(100) / 99)
+    assert centre_crop(ramp, 100)[0, :, 0, 0].tolist() == np.floor(positions * 255.5 / 255).tolist()
     assert torch.equal(lanczos(ramp, 100), ramp)
 
 
@@ -137,6 +139,16 @@ def test_libero_gripper_is_binary_and_turned():
 def test_constant_dimensions_become_zero_in_training():
     policy = tiny(PointWorld().interface, statistics={"action": {"q01": [0.3, -1.0], "q99": [0.3, 1.0]}, "proprio": {"q01": [-1.0] * 2, "q99": [1.0] * 2}})
     assert policy.from_env(torch.tensor([[[0.3, 0.5]] * 3]))[0, 0].tolist() == pytest.approx([0, 0.5], abs=1e-6)
+
+
+def test_statistics_of_a_dataset_scale_all_but_binary_grippers():
+    policy = tiny(binary_gripper=True, bounds="minmax")
+    numbers = {"min": [-0.5] * 7, "max": [0.5] * 7, "q01": [-0.4] * 7, "q99": [0.4] * 7}
+    wide = {name: [4 * x for x in values] + [4.0] for name, values in numbers.items()}
+    policy.set_statistics({"actions": numbers, "states": wide})
+    env = torch.tensor([[[0.5, -0.5, 0.25, 0, 0, 0, -1.0]] * 3])
+    assert policy.from_env(env)[0, 0].tolist() == pytest.approx([1, -1, 0.5, 0, 0, 0, 1], abs=1e-6)
+    torch.testing.assert_close(policy.to_env(policy.from_env(env)), env, atol=1e-6, rtol=0)
 
 
 def test_prompt_and_padding():
@@ -231,6 +243,8 @@ def test_state_reaches_the_actions_and_missing_views_are_named():
     batch = observation(policy.interface, 1)
     other = {**batch, "states": batch["states"] + 0.3}
     assert (policy.hidden(policy.prepare(batch)) - policy.hidden(policy.prepare(other))).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="has 7 numbers"):
+        policy.act({**batch, "states": batch["states"][:, :7]})
     with pytest.raises(ValueError, match="wrist_images"):
         policy.act({key: value for key, value in batch.items() if key != "wrist_images"})
 
@@ -255,8 +269,9 @@ def test_sft_learns(options):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def test_padded_steps_do_not_count():
-    policy = tiny(head="l1")
+@pytest.mark.parametrize("head", ["l1", "tokens"])
+def test_padded_steps_do_not_count(head):
+    policy = tiny(head=head)
     batch = {**observation(policy.interface), "actions": np.zeros((3, 3, 7), np.float32)}
     pad = np.zeros((3, 3), bool)
     pad[:, 2] = True
@@ -311,6 +326,8 @@ def test_bfloat16_keeps_its_log_probs():
 def test_config_mistakes_are_named():
     with pytest.raises(ValueError, match="execute is 9"):
         tiny(execute=9)
+    with pytest.raises(ValueError, match=r"images is 'openvla'; it must be one of 'moojink', 'rlinf', 'robotwin'"):
+        tiny(images="openvla")
     with pytest.raises(ValueError, match="temperature"):
         tiny(temperature=0.0)
     with pytest.raises(ValueError, match="lack min and max"):
@@ -319,6 +336,17 @@ def test_config_mistakes_are_named():
         tiny(statistics={"action": {"q01": [0.0] * 3, "q99": [1.0] * 3}}, proprio=False)
     with pytest.raises(ValueError, match="no bounds"):
         OpenVLAOFT.tiny(Interface(Camera("main"), (), (Field("joints", 3, "rad"),)))
+
+
+def test_copies_and_autocast():
+    policy = tiny()
+    batch = {**observation(policy.interface), "actions": np.zeros((3, 3, 7), np.float32)}
+    again = copy.deepcopy(policy)
+    np.testing.assert_array_equal(again.act(batch_without_actions := observation(policy.interface)), policy.act(batch_without_actions))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = policy.sft_loss(batch)
+    low.backward()
+    torch.testing.assert_close(low.float(), policy.sft_loss(batch), atol=0.05, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -428,8 +456,9 @@ def test_recipes_are_asked_for_and_checked(tmp_path):
         vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", temprature=1.0, **sizes)
     with pytest.raises(CheckpointError, match="of another shape"):
         vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", **{**sizes, "vocab_size": 640, "image_size": 72})
-    loaded = vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", value_head=True, **sizes)
+    loaded = vlahub.Policy.from_pretrained(folder, recipe="libero_rlinf", value_head=True, lora_rank=2, **sizes)
     assert loaded.config.end_token is False and loaded.value_head is not None
+    assert loaded.language_model.lm_head.lora_down.dtype == torch.float32 and loaded.language_model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_adapter_folders_are_merged_on_their_base(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,6 @@ from vlahub.observation import select
 from vlahub.policy import Policy
 from vlahub_policies import starvla
 from vlahub_policies.parts import qwen_text, robots
-from vlahub_policies.parts.normalize import Moments, Statistics
 from vlahub_policies.parts.qwen_vl import VisionConfig, pack
 from vlahub_policies.starvla import ACTION_TOKEN, ActionCodec, QwenOFTPolicy
 
@@ -63,6 +63,13 @@ def test_an_action_does_not_depend_on_its_batch(policy):
     assert np.array_equal(together, policy.act(observation))
     for i in range(3):
         assert np.allclose(together[i], policy.act(select(observation, i)), atol=1e-5)
+
+
+def test_a_missing_camera_is_named(policy):
+    observation = looks(LIBERO)
+    del observation["wrist_images"]
+    with pytest.raises(ValueError, match=r"observation\['wrist_images'\] has 0 views, the policy needs 1 \(eye_in_hand\)"):
+        policy.act(observation)
 
 
 def test_evaluate_repeats_the_sample(policy):
@@ -118,7 +125,7 @@ def test_sft_lowers_the_loss(options):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert any(name.startswith("action_model") for name in moved)
     assert any("visual" in name for name in moved) != options.get("freeze_vision", False)
@@ -163,24 +170,38 @@ def test_saving_and_loading(policy, tmp_path):
 
 def test_statistics_of_another_dataset_change_the_scale():
     policy = tiny()
-    quantiles = Moments(q01=(-1.0,) * 6 + (0.0,), q99=(1.0,) * 6 + (1.0,))
-    policy.set_statistics(Statistics(Moments(), quantiles))
-    assert policy.config.codec.low == quantiles.q01
-    with pytest.raises(ValueError, match="no quantiles"):
-        policy.set_statistics(Statistics(Moments(), Moments(mean=(0.0,) * 7, std=(1.0,) * 7)))
+    policy.set_statistics({"states": {}, "actions": {"min": [-1.0] * 7, "max": [1.0] * 7, "q01": [-0.5] * 7, "q99": [0.5] * 7}})
+    assert policy.config.codec.low == (-1.0,) * 7 and policy.config.codec.scaled == CODEC.scaled
+    assert torch.allclose(policy.config.codec.decode(torch.full((7,), 0.5))[:6], torch.full((6,), 0.5))
+
+
+def test_mixed_precision_trains_float32_weights():
+    policy = tiny().train()
+    batch = {**looks(LIBERO), "actions": np.zeros((3, 8, 7), np.float32)}
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = policy.sample(looks(LIBERO), SEEDS)
+        policy.evaluate(sample.trace).log_prob.sum().backward()
+        loss = policy.sft_loss(batch)
+    loss.backward()
+    assert sample.log_prob.dtype == torch.float32 and torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
 
 
 def test_packed_weights_give_the_same_actions(tmp_path):
-    odd = tiny(vision=VisionConfig(2, 32, 2, 44, window=56, full_attention=(1,), out=128))  # 44 hidden units are no multiple of 8
+    odd = tiny(vision=VisionConfig(2, 32, 2, 44, window=56, full_attention=(1,), out=128), image_size=(112, 112))  # 44 hidden units are no multiple of 8
     expected, names = odd.act(looks(LIBERO)), {name: tensor.clone() for name, tensor in odd.state_dict().items()}
     pack(odd)
-    assert odd.visual.blocks[0].mlp.down_proj.wide.shape == (32, 48) and hasattr(odd.language_model.layers[0].self_attn.q_proj, "packed")
+    assert odd.visual.blocks[0].mlp.down_proj.wide[0].shape == (32, 48) and hasattr(odd.language_model.layers[0].self_attn.q_proj, "packed")
     assert np.allclose(odd.act(looks(LIBERO)), expected, atol=1e-5)
     assert all(torch.equal(tensor, names[name]) for name, tensor in odd.state_dict().items())
     odd.save_pretrained(tmp_path)
     assert np.allclose(Policy.from_pretrained(tmp_path).act(looks(LIBERO)), expected, atol=1e-5)
     odd.visual.blocks[0].mlp.down_proj.weight.data.mul_(2)  # a change in place shows
     assert not np.allclose(odd.act(looks(LIBERO)), expected, atol=1e-4)
+    twin = copy.deepcopy(odd)  # as for an average of the weights: its parameters lie elsewhere, so its blocks must not be used
+    twin.language_model.layers[0].mlp.gate_proj.weight.data.mul_(3)
+    assert not np.allclose(twin.act(looks(LIBERO)), odd.act(looks(LIBERO)), atol=1e-4)
+    assert twin._fast.policy is twin and twin._fast.function.__self__ is twin
     loss = odd.train().sft_loss({**looks(LIBERO), "actions": np.zeros((3, 8, 7), np.float32)})
     loss.backward()
     assert odd.visual.blocks[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -231,7 +252,7 @@ def test_prompts_that_do_not_fit_are_refused():
     policy = tiny(max_text=90)
     with pytest.raises(ValueError, match="max_text is 90"):
         policy.act({**looks(LIBERO, 1), "task_descriptions": ["put the cup on the plate " * 20]})
-    with pytest.raises(ValueError, match="multiples of 28"):
+    with pytest.raises(ValueError, match="multiples of 16"):
         tiny(image_size=(100, 112))
 
 

@@ -7,6 +7,7 @@ All geometry is numpy in float64; results are float32 or uint8.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ TOOL_LENGTH = 0.23  # m, from an AgiBot end pose to the drawn point along z
 AXIS = 0.1  # m, drawn length of a tool axis
 RADIUS, THICKNESS, BACKGROUND = 50, 8, 50  # of the maps, in pixels at every resolution, and grey level
 AXIS_COLOURS = (((0, 0, 255), (255, 255, 0), (0, 255, 255)), ((255, 0, 255), (255, 0, 0), (0, 255, 0)))  # RGB of x, y, z; left, right
-FARTHEST = 10_000_000  # pixels; a point beyond is as good as at infinity, and stays within whole numbers
+FARTHEST = 2**31 - 1  # pixels; OpenCV has no larger coordinates
 
 
 def pose_matrix(position: tuple[float, ...], quaternion_wxyz: tuple[float, ...]) -> np.ndarray:
@@ -126,6 +127,19 @@ def tilted(poses: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ cameras
 
 
+def mujoco_camera(position: Sequence[float], quaternion_wxyz: Sequence[float], fovy: float, height: int, width: int) -> dict[str, tuple]:
+    """The entries of WorldModelConfig for a "libero" model that is trained on LIBERO's own pictures, height x width, of a MuJoCo camera (`fovy` in degrees).
+
+    MuJoCo's cameras look along -z, with x to the right and y up. LIBERO's pictures are mirrored left to right, hence the negative focal length.
+    """
+    focal = height / 2 / math.tan(math.radians(fovy) / 2)
+    w, x, y, z = quaternion_wxyz
+    # x forward, y left, z up are -z, -x, y in MuJoCo's axes: the rotation with this quaternion
+    x, y, z, w = quaternion_product(np.array([x, y, z, w], np.float64), np.array([-0.5, 0.5, 0.5, 0.5])).tolist()
+    intrinsic = ((-focal, 0.0, width / 2 - 1), (0.0, focal, height / 2 - 1), (0.0, 0.0, 1.0))
+    return {"intrinsic": intrinsic, "camera_position": tuple(map(float, position)), "camera_quaternion_wxyz": (w, x, y, z)}
+
+
 def scaled_intrinsic(intrinsic: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
     """The intrinsics of a picture (height, width) after a resize."""
     factors = np.array([new_size[1] / size[1], new_size[0] / size[0], 1.0], np.float32)[:, None]
@@ -146,14 +160,14 @@ def rays(intrinsic: np.ndarray, to_world: np.ndarray, height: int, width: int) -
 def project(points: np.ndarray, intrinsic: np.ndarray, to_world: np.ndarray, size: tuple[int, int], variant: Variant) -> np.ndarray:
     """Points [..., 3] in the world -> whole pixels [..., 2] (x, y). Points behind the camera are projected like any other, as the models were trained.
 
-    An "agibot" camera looks along its z axis (x right, y down). A "libero" one looks along x (y left, z up), and its picture is turned by 180 degrees."""
+    An "agibot" camera looks along its z axis (x right, y down), a "libero" one along x (y left, z up)."""
     k = np.asarray(intrinsic, np.float64)
     in_camera = (points - to_world[:3, 3]) @ to_world[:3, :3]  # the inverse of a rotation is its transpose
     a, b, depth = (in_camera[..., i] for i in ((0, 1, 2) if variant == "agibot" else (1, 2, 0)))
     with np.errstate(divide="ignore", invalid="ignore"):
         uv = np.stack([k[0, 0] * a / depth + k[0, 2], k[1, 1] * b / depth + k[1, 2]], axis=-1)
     if variant == "libero":
-        uv = np.array([size[1] - 1, size[0] - 1]) - uv
+        uv = np.array([size[1] - 1, size[0] - 1]) - uv  # left and up are smaller pixel numbers
     uv = np.nan_to_num(uv, nan=FARTHEST, posinf=FARTHEST, neginf=-FARTHEST)
     return np.trunc(np.clip(uv, -FARTHEST, FARTHEST)).astype(np.int64)
 

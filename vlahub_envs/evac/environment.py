@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +12,14 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from vlahub import catalog
 from vlahub.catalog import EnvCard
-from vlahub.env import ChunkResult, Episode, own
+from vlahub.env import ChunkResult, own
 from vlahub.observation import Observation, stack
 from vlahub.vector import BaseVectorEnv, checked_mask, collate, per_env
 from vlahub_envs.evac.model import WorldModel
-from vlahub_envs.evac.simulation import Evac, Imagination, upright
+from vlahub_envs.evac.quirks import PublishedImagination
+from vlahub_envs.evac.simulation import Imagination, upright
 from vlahub_envs.evac.start_states import StartStates
 
 
@@ -30,6 +33,7 @@ class EvacVectorEnv(BaseVectorEnv):
         card: its catalog card; None if the class is used directly.
         num_envs: worlds.
         model, starts, options: see `Imagination`; or `imagination`, one made already.
+        strict_upstream_quirks: run the published environment's loop instead, defects included (docs/evac.md lists them). For comparisons only.
         render_mode: None or "rgb_array" (`render` gives the last imagined frames, upright).
         max_steps: control steps per episode, 256 as published. Chunks of the model's own length waste nothing.
         slots: equal parts that `send` and `recv` treat apart. Chunks run one after another in a background thread, so the policy can work meanwhile.
@@ -44,6 +48,7 @@ class EvacVectorEnv(BaseVectorEnv):
         model: WorldModel | str | Path | None = None,
         starts: StartStates | str | Path | None = None,
         imagination: Imagination | None = None,
+        strict_upstream_quirks: bool = False,
         render_mode: str | None = None,
         max_steps: int | None = None,
         slots: int = 1,
@@ -55,14 +60,18 @@ class EvacVectorEnv(BaseVectorEnv):
         self._set_up(num_envs, slots, render_mode, autoreset_mode)
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             raise ValueError("imagined worlds are reset by hand: autoreset_mode must be DISABLED; pass options={'reset_mask': result.done} to reset")
+        known = inspect.signature(Imagination).parameters
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}; {catalog.suggest(name, [*known, *inspect.signature(EvacVectorEnv).parameters])}"
+                )
         given = {**(card.kwargs if card else {}), **{name: value for name, value in (("model", model), ("starts", starts)) if value is not None}, **options}
         if imagination is None and given.get("model") is None:
             raise ValueError("an imagined environment needs a world model: model='user/name', a folder, or a WorldModel")
-        self.imagination = imagination or Imagination(**given)
-        self.worlds = [Evac(imagination=self.imagination) for _ in range(num_envs)]
-        self.episodes = [Episode(world, max_steps) for world in self.worlds]
-        if self.imagination.strict:
-            self.imagination.first = self.worlds[0]
+        self.imagination = imagination or (PublishedImagination if strict_upstream_quirks else Imagination)(**given)
+        self.worlds = [self.imagination.world() for _ in range(num_envs)]
+        self.episodes = [self.imagination.episode(world, max_steps) for world in self.worlds]
         self._describe(self.worlds[0])
         self.max_steps = self.episodes[0].max_steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imagination")
@@ -102,15 +111,18 @@ class EvacVectorEnv(BaseVectorEnv):
             raise ValueError(f"step: actions have shape {actions.shape}, expected {self.action_space.shape}")
         checked = self._checked(actions[:, None], rows, "step")
         over = [env for env in rows if self.episodes[env].done]
-        if over and not self.imagination.strict:
+        if over:
             raise gymnasium.error.ResetNeeded(f"the episodes of envs {over} are over: reset them with options['reset_mask']")
         result = self._run(*checked)
         return result.observation, result.reward[:, 0], result.terminated[:, 0], result.truncated[:, 0], result.info
 
-    def render(self) -> tuple[np.ndarray | None, ...] | None:
+    def render(self, mask: Any = None) -> tuple[np.ndarray | None, ...] | None:
+        """The last imagined frame per world, upright; None where a world was never reset or is left out by `mask` [B]."""
         if self.render_mode is None:
             return None
-        return tuple(None if self.worlds[env].start is None else self.worlds[env].render() for env in self._idle(None, "render"))
+        rows = self._idle(None, "render")
+        wanted = checked_mask(True if mask is None else mask, self.num_envs, "mask")
+        return tuple(self.worlds[env].render() if wanted[env] and self.worlds[env].start else None for env in rows)
 
     def close_extras(self, **kwargs: Any) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -153,7 +165,7 @@ class EvacVectorEnv(BaseVectorEnv):
     def _run(self, chunks: Sequence[np.ndarray], clipped: Sequence[int], rows: range, record_every: np.ndarray) -> ChunkResult:
         """Imagine one batch of all worlds that run, then let each episode book its own."""
         live = [row for row, env in enumerate(rows) if not self.episodes[env].done and len(chunks[row])]
-        left = [None if self.imagination.strict else self.max_steps - self.episodes[rows[row]].steps for row in live]
+        left = [self.max_steps - self.episodes[rows[row]].steps if self.imagination.stops else None for row in live]
         if live:
             self.imagination.advance([self.worlds[rows[row]] for row in live], [chunks[row][:n] for row, n in zip(live, left, strict=True)])
         shape = len(rows), max(map(len, chunks))
@@ -163,8 +175,7 @@ class EvacVectorEnv(BaseVectorEnv):
         for row, env in enumerate(rows):
             n = len(chunks[row])
             if n:
-                book = self._book_strict if self.imagination.strict else self._book
-                reward[row, :n], terminated[row, :n], truncated[row, :n], length[row], info = book(chunks[row], env)
+                reward[row, :n], terminated[row, :n], truncated[row, :n], length[row], info = self.episodes[env].run(chunks[row])
             else:
                 info = {"success": self.episodes[env].succeeded, "steps": self.episodes[env].steps}
             infos[row] = {**info, "aborted": False}
@@ -173,19 +184,6 @@ class EvacVectorEnv(BaseVectorEnv):
             if record_every[row] and length[row]:
                 infos[row]["frames"] = [upright(frame) for frame in self.worlds[env].frames[record_every[row] - 1 : length[row] : record_every[row]]]
         return ChunkResult(self._observation(rows), reward, terminated, truncated, length, collate(infos, len(rows)))
-
-    def _book(self, actions: np.ndarray, env: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[str, Any]]:
-        return self.episodes[env].run(actions)
-
-    def _book_strict(self, actions: np.ndarray, env: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[str, Any]]:
-        """The published environment's flags: in the last column only, and worlds are imagined on after their end."""
-        episode = self.episodes[env]
-        outcomes = self.worlds[env].apply(actions)
-        episode.steps += len(actions)
-        episode.succeeded = episode.succeeded or bool(outcomes.success.any())
-        truncated = np.zeros(len(actions), bool)
-        truncated[-1] = episode.steps >= episode.max_steps
-        return outcomes.reward, outcomes.terminated, truncated, len(actions), {**outcomes.info, "success": episode.succeeded, "steps": episode.steps}
 
     def _observation(self, rows: range) -> Observation:
         return stack([own(self.worlds[env].observe()) if self.worlds[env].start else self._nothing() for env in rows])

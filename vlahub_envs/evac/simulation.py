@@ -6,16 +6,19 @@ A chunk of actions becomes poses, poses become action rows and maps, the model i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vlahub.env import Episode
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
-from vlahub.simulation import Outcomes, check_options
+from vlahub.simulation import Outcomes, Simulation, check_options
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
 from vlahub_envs.evac.start_states import StartState, StartStates
@@ -64,8 +67,31 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
 
 
 def upright(frame: np.ndarray) -> np.ndarray:
-    """LIBERO's pictures are turned by 180 degrees; people want them upright."""
-    return frame[::-1, ::-1].copy()
+    """LIBERO's pictures are mirrored left to right (they are upside-down renderings turned by 180 degrees); people want to see left on the left."""
+    return frame[:, ::-1].copy()
+
+
+def pose_of(state: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+    """The inverse of `state_of`: LIBERO's state [8] -> pose [8]."""
+    angle = float(np.linalg.norm(state[3:6]))
+    axis = state[3:6] / angle if angle > 0 else np.zeros(3)
+    opening = (state[6] - state[7]) / 2 / FINGER
+    gripper = config.gripper_closed + opening * (config.gripper_open - config.gripper_closed)
+    return np.concatenate([state[:3], np.sin(angle / 2) * axis, [np.cos(angle / 2), gripper]]).astype(np.float32)
+
+
+def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, seed: int = 0) -> StartStates:
+    """The initial states of a simulation with this interface (LIBERO's), as start states: `trials` of every task."""
+    if [(field.name, field.size) for field in simulation.interface.state] != [(field.name, field.size) for field in interface_of(config).state]:
+        raise ValueError(f"start states need LIBERO's state (position, rotation, fingers), not {', '.join(f.name for f in simulation.interface.state)}")
+    found = []
+    for task in range(simulation.tasks):
+        for trial in range(trials):
+            simulation.reset(seed, {"task": task, "trial": trial})
+            seen = simulation.observe()
+            found.append(StartState(np.array(seen["main_images"]), pose_of(seen["states"], config), seen["task_descriptions"], task, trial))
+            found[-1].check(config.height, config.width)
+    return StartStates(found)
 
 
 class Imagination:
@@ -74,20 +100,22 @@ class Imagination:
     Args:
         model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
         starts: a collection of start states, or the path of one; without it every reset needs a start by hand.
-        device, dtype: where and in what the model runs, if it is loaded here.
+        suite, device, dtype: which weights of the repository, and where and in what they run, if the model is loaded here.
         denoising_steps: network calls per chunk.
         eta: 1 adds fresh noise at every call, as the published environment does; 0 none.
         clean_end: see Schedule.ddim. By default on below 50 steps, where the published ending visibly fades the picture.
         threshold: probability from which a frame counts as a success.
         max_batch: worlds that are imagined at once; larger batches are split. None: all.
-        strict_upstream_quirks: reproduce the published environment's loop, defects included (docs/evac.md lists them). For comparisons only.
     """
+
+    stops = True  # do worlds stop at success and at the time limit? (quirks.py: no)
 
     def __init__(
         self,
         model: WorldModel | str | Path,
         starts: StartStates | str | Path | None = None,
         *,
+        suite: str = "",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         denoising_steps: int = 50,
@@ -95,9 +123,8 @@ class Imagination:
         clean_end: bool | None = None,
         threshold: float = 0.5,
         max_batch: int | None = None,
-        strict_upstream_quirks: bool = False,
     ):
-        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, device=device, dtype=dtype)
+        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, suite=suite, device=device, dtype=dtype)
         self.config = config = self.model.config
         for part, what in ((self.model.reward_model, "success classifier"), (self.model.action_predictor, "action converter")):
             if part is None:
@@ -110,7 +137,7 @@ class Imagination:
         for state in self.starts or ():
             state.check(config.height, config.width)
         self.steps = self.model.schedule.ddim(denoising_steps, eta, denoising_steps < 50 if clean_end is None else clean_end)
-        self.threshold, self.max_batch, self.strict = threshold, max_batch, strict_upstream_quirks
+        self.threshold, self.max_batch = threshold, max_batch
         self.rays = self.model.camera_rays()
         self.intrinsic = np.array(config.intrinsic)
         self.to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
@@ -132,55 +159,53 @@ class Imagination:
                 self._chunk([world for world, _ in live[i : i + size]], [given for _, given in live[i : i + size]])
 
     def _chunk(self, worlds: list[Evac], actions: list[np.ndarray]) -> None:
+        """At most one chunk of the model."""
         config, model = self.config, self.model
-        m, c = config.memory, config.chunk
         self._encode_starts(worlds)
-        lengths = [len(given) for given in actions]
-        padded = np.stack([np.concatenate([given, np.zeros((c - len(given), given.shape[1]), given.dtype)]) for given in actions])
-        before = np.stack([world.pose for world in worlds])
-        poses = model.action_predictor.chain(*(torch.from_numpy(x).to(model.device) for x in (padded, before)), normalised=not self.strict).cpu().numpy()
-        for i, length in enumerate(lengths):
-            poses[i, length:] = poses[i, length - 1]
-        if self.strict:  # the last row of the published pose buffer is never written, so the last frame returns to the first pose
-            rows = np.stack([world.start.pose for world in worlds])[:, None]
-            poses_of_frames = np.concatenate([poses[:, 1:], rows], axis=1)
-            before_and_after = np.concatenate([poses, rows], axis=1)
-        else:
-            poses_of_frames, before_and_after = poses, np.concatenate([before[:, None], poses], axis=1)
-        doubled = np.concatenate([before_and_after, before_and_after], axis=-1)  # [k, c + 1, 16]: the one arm stands in both halves
+        reached, of_rows, of_frames = self.poses(worlds, actions)
+        doubled = np.concatenate([of_rows, of_rows], axis=-1)  # [k, c + 1, 16]: the one arm stands in both halves
         rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(doubled)))
-        maps = np.stack([[self._map(pose) for pose in of_world] for of_world in poses_of_frames])
-        memory = torch.stack([world.latents[:, memory_rows(world.latents.shape[1], m)] for world in worlds])  # [k, 4, m, h, w]
-        tokens = torch.stack([self._tokens(world) for world in worlds])
+        maps = np.stack([[self._map(pose) for pose in of_world] for of_world in of_frames])
+        memory = torch.stack([world.latents[:, memory_rows(world.latents.shape[1], config.memory)] for world in worlds])  # [k, 4, m, h, w]
+        tokens = torch.stack([self.tokens(world) for world in worlds])
         conditions = model.conditions(memory, torch.from_numpy(maps), rows, tokens, self.rays)
         noise, step_noise = self.noise(worlds)
         latents = model.imagine(conditions, self.steps, noise, step_noise)  # [k, 4, c, h, w]
+        if not latents.isfinite().all():
+            raise FloatingPointError(f"the world model gave numbers that are not finite, in {model.unet.out[2].weight.dtype}; try dtype=torch.float32")
         frames = model.decode(latents)  # [k, c, 3, H, W]
-        probability = model.reward_model(frames.flatten(0, 1)).sigmoid().view(len(worlds), c).cpu().numpy()
+        probability = model.reward_model(frames.flatten(0, 1)).sigmoid().view(frames.shape[:2]).cpu().numpy()
         pictures = to_uint8(frames).permute(0, 1, 3, 4, 2).cpu().numpy()
-        for i, world in enumerate(worlds):
-            n = lengths[i]
+        for i, (world, given) in enumerate(zip(worlds, actions, strict=True)):
+            n = len(given)
             world.latents = torch.cat([world.latents, latents[i, :, :n]], dim=1)
-            world.take(pictures[i, :n], poses[i, :n], probability[i, :n])
+            world.take(pictures[i, :n], reached[i, :n], probability[i, :n])
+
+    def poses(self, worlds: list[Evac], actions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Poses reached after each action [k, c, 8], poses between which the action rows are taken [k, c + 1, 8], and poses drawn in the maps [k, c, 8]."""
+        before = np.stack([world.pose for world in worlds])
+        reached = self.convert(before, actions, normalised=True)
+        for i, given in enumerate(actions):
+            reached[i, len(given) :] = reached[i, len(given) - 1]  # at rest
+        return reached, np.concatenate([before[:, None], reached], axis=1), reached
+
+    def convert(self, before: np.ndarray, actions: list[np.ndarray], normalised: bool) -> np.ndarray:
+        """Poses [k, 8] and actions, per world [n, D] with n <= c -> the pose after each action [k, c, 8]; rows beyond n are of no use."""
+        c, device = self.config.chunk, self.model.device
+        padded = np.stack([np.concatenate([given, np.zeros((c - len(given), given.shape[1]), given.dtype)]) for given in actions])
+        return self.model.action_predictor.chain(torch.from_numpy(padded).to(device), torch.from_numpy(before).to(device), normalised).cpu().numpy()
+
+    def tokens(self, world: Evac) -> torch.Tensor:
+        """Image tokens [tokens, context_dim] that a world is shown: of its first frame."""
+        return world.image_tokens
 
     def _map(self, pose: np.ndarray) -> np.ndarray:
         config = self.config
         return conditioning.trajectory_map(np.concatenate([pose, pose]), self.intrinsic, self.to_world, (config.height, config.width), config.variant)
 
-    def _tokens(self, world: Evac) -> torch.Tensor:
-        """The image tokens of the world's first frame. The published environment shows every world that of the first, after the first chunk decoded."""
-        if not self.strict:
-            return world.image_tokens
-        shown = self.first or world
-        if world.latents.shape[1] == self.config.memory:
-            return shown.image_tokens
-        return self.model.decoded_image_tokens(shown.latents[None, :, 0])[0]
-
-    first: Evac | None = None  # strict_upstream_quirks only: the world whose first frame all others are shown
-
     def _encode_starts(self, worlds: Sequence[Evac]) -> None:
         """Latents and image tokens of worlds that have none yet; worlds with the same start share them."""
-        fresh = [world for world in (*worlds, *([self.first] if self.strict and self.first else [])) if world.latents is None]
+        fresh = [world for world in worlds if world.latents is None]
         unique = list(dict.fromkeys(world.start for world in fresh))
         if not unique:
             return
@@ -202,22 +227,30 @@ class Imagination:
                 later.append(torch.randn((len(self.steps), *shape), generator=world.generator, device=self.model.device))
         return torch.stack(first), torch.stack(later, dim=1) if later else None
 
+    def world(self) -> Evac:
+        return Evac(self)
+
+    def episode(self, world: Evac, max_steps: int | None) -> Episode:
+        return Episode(world, max_steps)
+
 
 class Evac:
-    """One imagined world (see vlahub.simulation.Simulation). Takes the arguments of `Imagination`, or one that it shares with others.
+    """One imagined world (see vlahub.simulation.Simulation), imagined together with others or alone (`alone`).
 
     A step is judged by the classifier: reward 1 and the end of the episode at the first frame whose success probability passes the threshold, else 0.
     """
 
     max_steps = 256  # of the published environment: 32 chunks of 8
 
-    def __init__(self, model: WorldModel | str | Path | None = None, starts: Any = None, *, imagination: Imagination | None = None, **options: Any):
-        self.imagination = imagination or Imagination(model, starts, **options)
+    def __init__(self, imagination: Imagination):
+        self.imagination = imagination
         self.interface = interface_of(self.imagination.config)
         collection = self.imagination.starts
         self.tasks, self.trials = (collection.tasks, collection.trials) if collection else (0, 0)
         self.assets = "imagined"
         self.start: StartState | None = None
+        self.latents: torch.Tensor | None = None  # [4, frames so far, h, w]; made with the first chunk, so that worlds are encoded together
+        self.image_tokens: torch.Tensor | None = None  # likewise
         self.outcomes: Outcomes | None = None  # of a chunk that was run in a batch, until `apply` fetches it
 
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,10 +269,8 @@ class Evac:
         self.start, self.pose, self.outcomes = start, start.pose.astype(np.float32), None
         image = start.image
         self.frame = image if image.dtype == np.uint8 else to_uint8(torch.from_numpy(image)).numpy()
-        self.latents: torch.Tensor | None = None  # [4, frames so far, h, w]; made with the first chunk, so that worlds are encoded together
-        self.image_tokens: torch.Tensor | None = None
+        self.latents = self.image_tokens = None
         self.generator = torch.Generator(self.imagination.model.device).manual_seed(seed)
-        self.judged = 0.0  # the last frame's verdict, for the published reward
         return {"task": start.task, "trial": start.trial}
 
     def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
@@ -254,40 +285,35 @@ class Evac:
 
     def over(self) -> bool:
         """The episode ended in the part of the chunk that was run so far."""
-        return self.outcomes is not None and not self.imagination.strict and bool(self.outcomes.success[-1])
+        return self.outcomes is not None and bool(self.outcomes.success[-1])
 
     def take(self, frames: np.ndarray, poses: np.ndarray, probability: np.ndarray) -> None:
-        """Book imagined steps: frames [n, H, W, 3], poses [n, 8], success probabilities [n]."""
-        strict = self.imagination.strict
+        """Book imagined steps, up to the first success: frames [n, H, W, 3], poses [n, 8], success probabilities [n]."""
         success = probability > self.imagination.threshold
-        n = len(success) if strict or not success.any() else int(success.argmax()) + 1
-        frames, poses, probability, success = frames[:n], poses[:n], probability[:n], success[:n]
-        terminated = None
-        if strict:
-            judged = success.astype(np.float32)
-            reward = 5 * np.diff(judged, prepend=np.float32(self.judged))  # 5: the published coefficient
-            self.judged = float(judged[-1])
-            terminated = np.zeros(n, bool)
-            terminated[-1] = success.any()
-            self.pose_rows = np.concatenate([[self.start.pose] * (self.imagination.config.memory - 1), poses, [self.start.pose]])
-            self.frame, self.pose = frames[-1], poses[0]  # its next chunk starts from the first pose of this one
+        n = int(success.argmax()) + 1 if success.any() else len(success)
+        self.frame, self.pose = frames[n - 1], poses[n - 1]
+        before = self.outcomes  # of the model chunks before, where there are more actions than one holds
+        if before is None:
+            self.frames, probability = frames[:n], probability[:n]
         else:
-            reward = success.astype(np.float32)
-            self.frame, self.pose = frames[-1], poses[-1]
-        before = self.outcomes
-        self.frames = frames if before is None else np.concatenate([self.frames, frames])
-        if before is not None:
-            reward, success = np.concatenate([before.reward, reward]), np.concatenate([before.success, success])
-            probability = np.concatenate([before.info["success_probability"], probability])
-            terminated = None if terminated is None else np.concatenate([before.terminated, terminated])
-        self.outcomes = Outcomes(reward, success, terminated, {"success_probability": probability})
+            self.frames = np.concatenate([self.frames, frames[:n]])
+            probability = np.concatenate([before.info["success_probability"], probability[:n]])
+        success = probability > self.imagination.threshold
+        self.outcomes = Outcomes(success.astype(np.float32), success, info={"success_probability": probability})
 
     def observe(self) -> Observation:
-        pose = self.start.pose if self.imagination.strict else self.pose  # the published environment shows the start pose for ever
-        return {"main_images": self.frame, "states": state_of(pose, self.imagination.config), "task_descriptions": self.start.text}
+        return {"main_images": self.frame, "states": state_of(self.pose, self.imagination.config), "task_descriptions": self.start.text}
 
     def render(self) -> np.ndarray:
         return upright(self.frame)
 
     def close(self) -> None:
         self.latents = self.image_tokens = None
+
+
+@wraps(Imagination, assigned=("__doc__",), updated=())
+def alone(*args: Any, **options: Any) -> Evac:
+    return Imagination(*args, **options).world()
+
+
+alone.__signature__ = inspect.signature(Imagination)  # so that the catalog knows the options

@@ -2,12 +2,15 @@
 
 from vlahub.catalog import EnvCard, register_env
 
-# name -> what it is. The class of the same name is in `tasks/`.
+# name -> what it is, and what was measured. The class of the same name is in `tasks/`.
 TASKS = {
-    "ClickBell": "Press the top of a desk bell with a closed gripper.",
+    "ClickBell": (
+        "Press the top of a desk bell with a closed gripper.",
+        "the expert solves 100 of 100 layouts (seeds 0 to 99, stand-ins), in 80 control steps on average",
+    ),
 }
 
-for _name, _summary in TASKS.items():
+for _name, (_summary, _measured) in TASKS.items():
     register_env(
         EnvCard(
             id=f"vlahub/RoboTwin-{_name}",
@@ -18,5 +21,7 @@ for _name, _summary in TASKS.items():
             expert="vlahub_envs.robotwin.expert:ScriptedExpert",
             needs=("sapien", "scipy", "toppra"),
             extra="robotwin",
+            limits="stand-in assets unless the official release is present (env.assets says which); official assets are tested on their layout only; one embodiment",
+            measured=_measured,
         )
     )

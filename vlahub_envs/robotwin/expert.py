@@ -14,7 +14,7 @@ from vlahub_envs.robotwin.simulation import RoboTwin
 from vlahub_envs.robotwin.trajectory import RECORD_EVERY, rest_to_rest
 
 GRIP_STEPS = 300  # physics steps of closing or opening: 200 to move, 100 to settle
-TILTS = np.linspace(0, 0.9, 10)  # rad: if a grasp is out of reach, the hand tips over, about the axis that the fingers open along
+TILTS = np.linspace(0, 0.9, 10)  # rad: if a grasp is out of reach, the hand tips over, about the axis that the fingers open along, to point more forwards
 
 
 class Unreachable(RuntimeError):
@@ -73,7 +73,7 @@ class Hands:
         straight = np.stack([-contact[:3, 1], -contact[:3, 2], contact[:3, 0]], axis=1)
         arm, start = self.robot.arms[side], self.robot.joints[:6] if side == "left" else self.robot.joints[6:]
         for tilt in TILTS:
-            turn = Rotation.from_matrix(straight) * Rotation.from_euler("y", tilt)
+            turn = Rotation.from_matrix(straight) * Rotation.from_euler("y", -tilt)
             target = pose(contact[:3, 3] - (TCP + back) * turn.as_matrix()[:, 0], turn)
             if arm.inverse(target, start).reached:
                 return target

@@ -135,9 +135,7 @@ class Arm:
                 best, best_cost = joints, cost
             if self.solution(target, best).reached:
                 break
-        # The joints turn freely; take the equivalent angle that is nearest to where the arm stands, if it lies within half a turn.
-        near = start + wrapped(best - start)
-        return self.solution(target, np.where(np.abs(near) <= np.pi, near, wrapped(best)))
+        return self.solution(target, wrapped(best))  # the joints turn freely, so an equivalent within half a turn always exists
 
     def solution(self, target: np.ndarray, joints: np.ndarray) -> Solution:
         tip = self.forward(joints)

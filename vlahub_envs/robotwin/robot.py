@@ -22,7 +22,6 @@ BASE = pose((0, -0.65, 0), Rotation.from_euler("z", 90, degrees=True))  # the ro
 STIFFNESS, DAMPING, LINK_MASS = 1000.0, 200.0, 1.0  # of every joint and link
 GRIPPER_CLOSED, GRIPPER_SPAN = -0.01, 0.055  # finger target = -0.01 + 0.055 v: at v = 0 the fingers press on each other, or on what is between them
 FINGER_LIMIT = 0.04765  # m
-FINGERTIP = 0.156  # m from link6 to the end of the fingers, along the gripper's x
 TCP = 0.12  # m from link6 to the point between the fingers that grasps are planned for
 
 # parent -> child origin (x, y, z), (roll, pitch, yaw), axis; metres and radians
@@ -145,7 +144,6 @@ class Robot:
         for link, records in zip(self.builder.link_builders, looks, strict=True):
             link.visual_records = records
         self.links = {link.name: link for link in articulation.links}
-        self.fingers = {side: [self.links[f"{prefix}_link{i}"] for i in (7, 8)] for side, prefix in PREFIX.items()}
         for link in articulation.links:
             link.mass = LINK_MASS
             # The arms' shapes touch where they meet at a joint: one arm never collides with itself, but with everything else.
@@ -156,6 +154,7 @@ class Robot:
         joints = {joint.name: joint for joint in articulation.active_joints}
         self._arm_joints = [joints[name] for side in SIDES for name in self.arms[side].names]
         self._finger_joints = [[joints[f"{PREFIX[side]}_joint{i}"] for i in (7, 8)] for side in SIDES]
+        self.fingers = {side: [joint.child_link for joint in pair] for side, pair in zip(SIDES, self._finger_joints, strict=True)}
         self.joints, self.grippers = np.zeros(12), np.ones(2)
         opening = GRIPPER_CLOSED + GRIPPER_SPAN
         home = [opening if joint in self._finger_joints[0] + self._finger_joints[1] else 0.0 for joint in articulation.active_joints]

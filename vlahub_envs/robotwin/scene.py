@@ -105,12 +105,15 @@ class Scene:
         self.physics.step()
 
     def touching(self, links: list, thing: Thing) -> np.ndarray:
-        """Positions [K, 3] of the contact points between robot links and an object, as the physics engine reports them after a step."""
+        """Positions [K, 3] of the points where robot links touch an object, after a step.
+
+        The engine reports pairs of points already when shapes come within 2 cm of each other (their contact offsets); only those that push count here.
+        """
         found = []
         for contact in self.physics.get_contacts():
             a, b = contact.bodies
             if (a == thing.body and b in links) or (b == thing.body and a in links):
-                found += [point.position for point in contact.points]
+                found += [point.position for point in contact.points if np.any(point.impulse)]
         return np.array(found).reshape(-1, 3)
 
     def close(self) -> None:

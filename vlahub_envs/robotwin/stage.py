@@ -12,6 +12,7 @@ import sapien
 from sapien.render import RenderBodyComponent, RenderMaterial, RenderShapeTriangleMesh
 from sapien.wrapper.articulation_builder import ArticulationBuilder
 
+from vlahub.doctor import SOFTWARE_VULKAN
 from vlahub_envs.robotwin.assets import Model
 from vlahub_envs.robotwin.room import GROUND, ROOM
 
@@ -47,11 +48,9 @@ NEAR = 0.1  # the near one, as upstream's. A wrist camera's cuts off the fingers
 NEAR_WRIST_STANDIN = 0.03  # ... so with the stand-in robot, which no published checkpoint has seen, it is nearer
 
 NO_VULKAN = (
-    "SAPIEN found no device to draw with. On a machine with a GPU install its own driver with Vulkan; on one without, a software Vulkan "
-    "(Mesa's lavapipe, 23.1 or later): `apt-get install mesa-vulkan-drivers libvulkan1` on Debian 13 and Ubuntu 24.04, "
-    "`apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1` on Debian 12. `vlahub doctor` checks it."
+    "SAPIEN found no device to draw with. On a machine with a GPU install its own driver with Vulkan; on one without, a software Vulkan: "
+    f"{SOFTWARE_VULKAN}. `vlahub doctor` checks it."
 )
-
 
 # SAPIEN sets its renderer up with the first picture, which takes a CPU six seconds, and drops it with the last scene. One renderer kept back spares every
 # later environment of this process those seconds.

@@ -7,6 +7,7 @@ together happens together. Each gripper goes from action to action in a straight
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ RECORD_EVERY = 15  # physics steps per recorded action of the demonstrations: 16
 HOLD_IN_CHUNK = RECORD_EVERY  # physics steps of an action that moves no arm (a gripper closing), within a chunk
 HOLD_ALONE = 50  # the same when every action is carried out by itself
 
-toppra.setup_logging("ERROR")
+logging.getLogger("toppra").setLevel(logging.ERROR)  # it warns of every path on which it has to try twice
 
 
 @dataclass

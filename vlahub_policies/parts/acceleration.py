@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -55,6 +56,15 @@ class Acceleration:
         for part in self.policy.modules():
             if hasattr(part, "compiled"):
                 part.compiled = compiled
+
+    def __deepcopy__(self, memo: dict) -> Acceleration:
+        """For a copy of the policy, which may be half made at this point; it captures anew."""
+        copied = object.__new__(Acceleration)
+        memo[id(self)] = copied
+        copied.policy, copied.function = copy.deepcopy(self.policy, memo), copy.deepcopy(self.function, memo)
+        copied.pack, copied.compiles = self.pack, self.compiles
+        copied._captured, copied._wanted, copied._mode = None, "off", "off"
+        return copied
 
     def release(self) -> None:
         """Forget what was laid out, captured or compiled for parameters at their present addresses."""

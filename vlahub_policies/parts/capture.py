@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-KEPT = 8  # graphs of different shapes that are kept; each holds its own activations
+KEPT = 8  # graphs of different shapes that are kept
 
 
 class Captured:
@@ -15,6 +15,7 @@ class Captured:
 
     def __init__(self, function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]):
         self.function = function
+        self._pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so they share their memory
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -37,6 +38,6 @@ class Captured:
             self.function(given)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             outputs = self.function(given)
         return graph, given, outputs

@@ -5,6 +5,7 @@ Module names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -169,12 +170,10 @@ class GemmaNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, S, width], modulation [B or 1, 1, 3 width] -> (normed, gate or None)"""
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + 1e-6)
         if modulation is None:
-            return (normed * (1 + self.weight.float())).to(x.dtype), None
+            return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), 1e-6).to(x.dtype), None
         scale, shift, gate = modulation.chunk(3, dim=-1)
-        return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+        return torch.addcmul(shift, F.rms_norm(x.float(), x.shape[-1:], None, 1e-6), 1 + scale).to(x.dtype), gate.to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -210,12 +209,17 @@ class GemmaLayer(nn.Module):
         past: KeysValues | None = None,
         before: torch.Tensor | None = None,  # modulations of the two norms, if they are adaptive
         after: torch.Tensor | None = None,
+        attention: Callable | None = None,  # (q, past, own, bias) -> what `attend` gives; a kernel's, for inference
     ) -> tuple[torch.Tensor, KeysValues]:
         normed, gate = self.input_layernorm(x, before)
         q, k, v = self.self_attn.project(normed)
-        q, own = rotate(q, cos, sin), (rotate(k, cos, sin), v)
-        k, v = own if past is None else (torch.cat([old, new], dim=1) for old, new in zip(past, own, strict=True))
-        x = _residual(x, self.self_attn.close(attend(q, k, v, bias)), gate)
+        q, own = rotate(q, cos, sin), (rotate(k, cos, sin), v.contiguous())
+        if attention is not None:
+            seen = attention(q, past, own, bias)
+        else:
+            k, v = own if past is None else (torch.cat([old, new], dim=1) for old, new in zip(past, own, strict=True))
+            seen = attend(q, k, v, bias)
+        x = _residual(x, self.self_attn.close(seen), gate)
         normed, gate = self.post_attention_layernorm(x, after)
         return _residual(x, self.mlp(normed), gate), own
 
@@ -229,7 +233,6 @@ class Gemma(nn.Module):
 
     def __init__(self, config: GemmaConfig, adaptive: bool = False):
         super().__init__()
-        self.head_dim, self.adaptive = config.head_dim, adaptive
         self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
         self.norm = GemmaNorm(config.width, adaptive)
 
@@ -243,19 +246,18 @@ class Gemma(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        positions: torch.Tensor,  # [B, S]
+        turn: tuple[torch.Tensor, torch.Tensor],  # `rotation` at the tokens' positions
         bias: torch.Tensor | None,
         past: list[KeysValues] | None = None,
         modulations: list[torch.Tensor] | None = None,
         through=None,
     ) -> tuple[torch.Tensor, list[KeysValues]]:
         """(output after the final norm [B, S, width], the layers' own keys and values)"""
-        cos, sin = rotation(positions, self.head_dim)
         x = x.to(self.layers[0].mlp.down_proj.weight.dtype)
         kept = []
         for i, layer in enumerate(self.layers):
             before, after = (None, None) if modulations is None else modulations[2 * i : 2 * i + 2]
-            inputs = (x, cos, sin, bias, None if past is None else past[i], before, after)
+            inputs = (x, *turn, bias, None if past is None else past[i], before, after)
             x, own = through(layer, *inputs) if through else layer(*inputs)
             kept.append(own)
         return self.norm(x, None if modulations is None else modulations[-1])[0], kept

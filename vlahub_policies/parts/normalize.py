@@ -14,6 +14,7 @@ import torch
 from vlahub.hub import CheckpointError, read_json
 
 EPSILON = 1e-6  # openpi's, Dexbotic's and RLinf's: added to the scale, in both directions
+STILL = 1e-4  # a dimension of a dataset that moves less than this does not move
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class Statistics:
         """As openpi's norm_stats.json."""
         entries = {key: {name: value and list(value) for name, value in vars(part).items()} for key, part in (("state", self.state), ("actions", self.actions))}
         file.write_text(json.dumps({"norm_stats": entries}, indent=2) + "\n")
+
+    @classmethod
+    def of_dataset(cls, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> Statistics:
+        """Of `vlahub.dataset.Dataset.statistics`: {"states": ..., "actions": ...}. A dimension that never changes there is left at its scale, not blown up."""
+        parts = []
+        for key in ("states", "actions"):
+            mean, std, low, high = (np.asarray(statistics[key][name], np.float64) for name in ("mean", "std", "q01", "q99"))
+            still = high - low < STILL
+            low, high = np.where(still, (low + high) / 2 - 1, low), np.where(still, (low + high) / 2 + 1, high)
+            parts.append(Moments(*(tuple(numbers.tolist()) for numbers in (mean, np.where(std < STILL, 1.0, std), low, high))))
+        return cls(*parts)
 
     @classmethod
     def identity(cls, state_dim: int, action_dim: int) -> Statistics:

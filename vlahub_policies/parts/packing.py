@@ -8,15 +8,22 @@ import torch
 from torch import nn
 
 
+class _Blocks(list):
+    """Tensors that parameters are views of. A copy of the module gets none: its parameters lie elsewhere."""
+
+    def __deepcopy__(self, memo: dict) -> _Blocks:
+        return _Blocks()
+
+
 def lay_out(layers: Sequence[nn.Linear], multiple: int = 1) -> None:
     """Put the layers' matrices behind one another in memory, once, for inference; each takes a multiple of `multiple` rows, the further ones being zero.
 
     The parameters stay what they are (same names, trainable, saved apart); they become views of one block, so that changing them in place changes the block.
     Whoever replaces them (a move to another device or dtype) has to call `unpack` first.
     """
-    if any(type(layer) is not nn.Linear for layer in layers) or hasattr(layers[0], "packed"):
+    if any(type(layer) is not nn.Linear for layer in layers) or getattr(layers[0], "packed", None):
         return
-    blocks = []
+    blocks = _Blocks()
     for kind in ("weight", "bias"):
         tensors = [getattr(layer, kind) for layer in layers]
         if tensors[0] is None:
@@ -34,14 +41,14 @@ def lay_out(layers: Sequence[nn.Linear], multiple: int = 1) -> None:
 
 def joined(first: nn.Linear) -> list[torch.Tensor] | None:
     """(weight, bias) of several layers as one, if `lay_out` put them so and no gradient is wanted (it would not reach the parameters)."""
-    return None if torch.is_grad_enabled() else getattr(first, "packed", None)
+    return None if torch.is_grad_enabled() else getattr(first, "packed", None) or None
 
 
 def widen(layer: nn.Linear, multiple: int) -> None:
-    """Give a layer's matrix further zero columns, up to a multiple, as `layer.wide`: for inputs that `lay_out` has widened. The parameter becomes a view of it."""
-    if type(layer) is nn.Linear and layer.in_features % multiple and not hasattr(layer, "wide"):
-        layer.wide = nn.functional.pad(layer.weight.data, (0, -layer.in_features % multiple))
-        layer.weight.data = layer.wide[:, : layer.in_features]
+    """Give a layer's matrix further zero columns, up to a multiple, as `layer.wide[0]`: for inputs that `lay_out` has widened. The parameter becomes a view of it."""
+    if type(layer) is nn.Linear and layer.in_features % multiple and not getattr(layer, "wide", None):
+        layer.wide = _Blocks([nn.functional.pad(layer.weight.data, (0, -layer.in_features % multiple))])
+        layer.weight.data = layer.wide[0][:, : layer.in_features]
 
 
 def unpack(module: nn.Module) -> None:

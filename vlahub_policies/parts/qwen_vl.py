@@ -110,7 +110,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -126,7 +126,8 @@ class GatedMLP(nn.Module):
             return down(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up = F.linear(x, *packed).chunk(2, -1)
         inner = F.silu(gate) * up
-        return F.linear(inner, down.wide, down.bias) if hasattr(down, "wide") else down(inner)
+        wide = getattr(down, "wide", None)
+        return F.linear(inner, wide[0], down.bias) if wide else down(inner)
 
 
 def through(owner: nn.Module, layer: nn.Module, *inputs: Any) -> Any:
@@ -191,6 +192,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Module()
         self.proj.weight = nn.Parameter(torch.empty(config.hidden, 3, config.frames, config.patch, config.patch))
         nn.init.normal_(self.proj.weight, std=config.patch_numbers**-0.5)
+        with torch.no_grad():  # a fresh filter answers to differences inside a patch more than to its brightness, which all patches share
+            self.proj.weight -= 0.8 * self.proj.weight.mean((2, 3, 4), keepdim=True)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.proj.weight

@@ -47,6 +47,11 @@ class Controller:
         controller = self.robot.controller  # robosuite makes a new one at every reset
         self.goal_position, self.goal_rotation = np.array(controller.goal_pos), np.array(controller.goal_ori)
         self.rest = np.array(controller.initial_joint)
+        # robosuite's first substep works with what its controller measured at its reset, before the initial state was set; so the first goal starts there
+        self.measured: tuple[np.ndarray, ...] | None = None
+        if not controller.new_update:
+            arm = (controller.ee_pos, controller.ee_ori_mat, controller.ee_pos_vel, controller.ee_ori_vel, controller.joint_pos, controller.joint_vel)
+            self.measured = (*arm, controller.J_pos, controller.J_ori, controller.J_full, controller.mass_matrix)
 
     def step(self, action: np.ndarray, after_substep: Callable[[], None]) -> None:
         """One control step of `action` [7]. `after_substep` is called after each 2 ms."""
@@ -59,7 +64,8 @@ class Controller:
         if any(data.warning[kind].number for kind in BROKEN):
             raise Unstable(f"the simulation has become unstable: MuJoCo found infinite or huge numbers at t = {data.time:.3f} s and reset its state")
 
-    def _drive(self, action: np.ndarray, new: bool) -> None:
+    def _measure(self) -> tuple[np.ndarray, ...]:
+        """Hand position [3], rotation [3, 3], velocity [3], spin [3]; joint positions [7], speeds [7]; Jacobians [3, 7], [3, 7], [6, 7]; mass matrix [7, 7]."""
         model, data = self.model, self.data
         position = np.array(data.site_xpos[self.site])
         rotation = np.array(data.site_xmat[self.site].reshape([3, 3]))
@@ -70,7 +76,12 @@ class Controller:
         j_position, j_rotation = np.array(self.jacp[:, self.speeds]), np.array(self.jacr[:, self.speeds])
         j_full = np.array(np.vstack([j_position, j_rotation]))
         mujoco.mj_fullM(model, self.mass, data.qM)
-        mass = self.mass[self.speeds, :][:, self.speeds]
+        return position, rotation, velocity, spin, joints, speeds, j_position, j_rotation, j_full, self.mass[self.speeds, :][:, self.speeds]
+
+    def _drive(self, action: np.ndarray, new: bool) -> None:
+        data = self.data
+        position, rotation, velocity, spin, joints, speeds, j_position, j_rotation, j_full, mass = self.measured or self._measure()
+        self.measured = None
 
         if new:
             delta = self.scale(action[:6])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 from functools import cache
 from pathlib import Path
@@ -41,7 +43,7 @@ class Scene:
                 has_offscreen_renderer=False,
                 hard_reset=False,
             )
-        mujoco.mj_clearCache(mujoco.mj_getCache())  # meshes and textures read for compiling: 130 MB that nothing needs again
+        _free_what_compiling_left()
         self.task, self.size, self.people_size = task, size, people_size
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.states = upstream.initial_states(task.init)
@@ -127,6 +129,14 @@ class Scene:
             self.painter = None
 
 
+def _free_what_compiling_left() -> None:
+    """Meshes and textures, which MuJoCo keeps in case they are compiled again, and the heap that compiling leaves behind."""
+    mujoco.mj_clearCache(mujoco.mj_getCache())
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
 def axis_angle(wxyz: np.ndarray) -> np.ndarray:
     """Rotation vector [3] of a quaternion, as the published policies' training data have it: angles from 0 to 2 pi, no choice of sign."""
     w = min(max(wxyz[0], -1.0), 1.0)
@@ -162,13 +172,15 @@ def _gl_context(process: int) -> Any:
             from mujoco.egl import GLContext
         else:
             from mujoco.osmesa import GLContext
-        return GLContext(640, 480)
+        context = GLContext(640, 480)
     except (ImportError, AttributeError, RuntimeError) as error:
         other = "osmesa" if backend == "egl" else "egl"
         raise RuntimeError(
             f"no OpenGL context through {backend} ({error}); set MUJOCO_GL={other} before the program starts, or install Mesa "
             "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6)"
         ) from error
+    atexit.register(context.free)  # later, while the interpreter ends, EGL is gone already and complains
+    return context
 
 
 class Painter:

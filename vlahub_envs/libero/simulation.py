@@ -81,7 +81,7 @@ class Libero:
         camera_size: (height, width) of both images.
         wrist: offer the wrist camera; without it, a look costs half.
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
-        models: how many compiled tasks to keep; the least recently used goes first.
+        models: how many compiled tasks to keep, about 220 MB each; the least recently used goes first.
 
     ## Options of reset
     `task`: number of the task in its suite. `trial`: 0 to 49, the initial state. What is not given is drawn from the seed.
@@ -99,7 +99,7 @@ class Libero:
         camera_size: tuple[int, int] = (256, 256),
         wrist: bool = True,
         assets: str | os.PathLike = "auto",
-        models: int = 10,
+        models: int = 4,
     ):
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, not {protocol!r}")

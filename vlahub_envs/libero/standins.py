@@ -556,7 +556,7 @@ def _geoms(solids: tuple[Solid, ...] | list[Solid], colour: Vector, mass: float)
             weight = f'mass="{mass * solid.volume / total:.6g}"' if mass else 'density="100"'
             lines.append(f'<geom {shape} {weight} {CONTACT} group="0" rgba="0.8 0.8 0.8 0"/>')
         if solid.shows:
-            lines.append(f'<geom {shape} contype="0" conaffinity="0" group="1" rgba="{_numbers(solid.colour or colour)} 1"/>')
+            lines.append(f'<geom {shape} mass="0" contype="0" conaffinity="0" group="1" rgba="{_numbers(solid.colour or colour)} 1"/>')
     return "\n".join(lines)
 
 

@@ -166,7 +166,11 @@ def main(args: Args) -> None:
     figures = {"vlahub": ours(args), "libero": libero_own(args), "gymnasium": gymnasium_async(args)}
     for key in figures["vlahub"]:
         values = {name: figure[key] for name, figure in figures.items()}
-        best = min(values["libero"], values["gymnasium"]) / values["vlahub"] if key.endswith(", s") else values["vlahub"] / max(values["libero"], values["gymnasium"])
+        best = (
+            min(values["libero"], values["gymnasium"]) / values["vlahub"]
+            if key.endswith(", s")
+            else values["vlahub"] / max(values["libero"], values["gymnasium"])
+        )
         print(f"{key}: {best:.1f} times as fast as the better of the two")
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2))

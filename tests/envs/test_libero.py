@@ -128,12 +128,18 @@ def test_an_unstable_world_is_an_error(env):
     env.step(np.zeros(7))
 
 
-def test_old_scenes_are_dropped():
-    simulation = Libero("Goal", models=1, **SMALL)
-    for task in (0, 1, 0):
-        simulation.reset(0, {"task": task})
-        simulation.observe()
-        assert list(simulation.scenes) == [task]
+def test_tasks_take_turns():
+    """Each has its own buffers; the pictures must come from the right ones. With room for one, the older model goes."""
+    simulation, firsts = Libero("Goal", models=2, **SMALL), {}
+    for task in (0, 1, 0, 1):
+        simulation.reset(0, {"task": task, "trial": task})
+        views = simulation.observe()
+        first = firsts.setdefault(task, views)
+        assert all(np.array_equal(views[key], first[key]) for key in ("main_images", "wrist_images"))
+    assert not np.array_equal(firsts[0]["main_images"], firsts[1]["main_images"])
+    simulation.models = 1
+    simulation.reset(0, {"task": 2})
+    assert list(simulation.scenes) == [2]
     simulation.close()
     with pytest.raises(RuntimeError, match="reset"):
         simulation.observe()
@@ -173,7 +179,9 @@ def test_states_and_pictures_equal_the_stock_environments():
             assert np.array_equal(simulation.scene.data.qpos, stock.sim.data.qpos) and np.array_equal(simulation.scene.data.qvel, stock.sim.data.qvel)
             assert np.array_equal(ours["main_images"], seen["agentview_image"][::-1, ::-1])
             assert np.array_equal(ours["wrist_images"], seen["robot0_eye_in_hand_image"][::-1, ::-1])
-            assert np.array_equal(simulation.scene.state[:3], seen["robot0_eef_pos"]) and np.array_equal(simulation.scene.state[6:], seen["robot0_gripper_qpos"])
+            assert np.array_equal(simulation.scene.state[:3], seen["robot0_eef_pos"]) and np.array_equal(
+                simulation.scene.state[6:], seen["robot0_gripper_qpos"]
+            )
     finally:
         stock.close()
         simulation.close()

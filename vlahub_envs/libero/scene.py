@@ -204,6 +204,7 @@ class Painter:
     def draw(self, data: mujoco.MjData, site_rgba: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
         height, width = size
         self.gl.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)  # another model's buffer may be bound
         self.camera.fixedcamid = self.model.camera(camera).id
         present = self.model.site_rgba.copy()
         self.model.site_rgba[:] = site_rgba

@@ -192,9 +192,10 @@ def _interface(height: int, width: int, wrist: bool) -> Interface:
         main=Camera("agentview", height, width, turned=180),
         wrists=(Camera("eye_in_hand", height, width, turned=180),) if wrist else (),
         state=(
-            Field("position", 3, "m", frame="world"),
-            Field("rotation", 3, "rad", rotation="axis_angle", frame="world"),
-            Field("fingers", 2, "m"),
+            # wider than anything that the arm can reach
+            Field("position", 3, "m", frame="world", low=-3, high=3),
+            Field("rotation", 3, "rad", rotation="axis_angle", frame="world", low=-6.3, high=6.3),
+            Field("fingers", 2, "m", low=-0.1, high=0.1),
         ),
         action=(
             Field("position", 3, "1", reference="delta", frame="world", low=-1, high=1),

@@ -325,14 +325,14 @@ def shelf(thing: Thing) -> list[Solid]:
 
 def carcass(thing: Thing) -> list[Solid]:
     """A cabinet without its three drawers: sides, back, top, bottom and a flat front strip above."""
-    (x0, y0, z0), (x1, y1, z1), t = thing.low, thing.high, 0.006
+    (x0, y0, z0), (x1, y1, z1), t, wall = thing.low, thing.high, 0.006, 0.016
     front = y0 + 0.012  # the drawers' handles reach further
     return [
-        box((x0, front, z0), (x0 + t, y1, z1)),
-        box((x1 - t, front, z0), (x1, y1, z1)),
-        box((x0 + t, y1 - t, z0), (x1 - t, y1, z1)),
-        box((x0 + t, front, z1 - t), (x1 - t, y1 - t, z1)),
-        box((x0 + t, front, z0), (x1 - t, y1 - t, z0 + 0.003)),
+        box((x0, front, z0), (x0 + wall, y1, z1)),
+        box((x1 - wall, front, z0), (x1, y1, z1)),
+        box((x0 + wall, y1 - t, z0), (x1 - wall, y1, z1)),
+        box((x0 + wall, front, z1 - t), (x1 - wall, y1 - t, z1)),
+        box((x0 + wall, front, z0), (x1 - wall, y1 - t, z0 + 0.003)),
     ]
 
 
@@ -365,14 +365,14 @@ def oven(thing: Thing) -> list[Solid]:
 
 def _drawer(name: str, region: str, z: float) -> Part:
     """A tray with a front and a handle. It opens towards -y by up to 16 cm."""
-    y0, y1, half, t = -0.095, 0.09, 0.114, 0.005
+    x0, x1, y0, y1, t = -0.1025, 0.1095, -0.095, 0.09, 0.005
     low, high = z - 0.034, z + 0.026
     solids = (
-        box((-half, y0, low), (half, y1, low + t)),
-        box((-half, y1 - t, low + t), (half, y1, high - 0.012)),
-        box((-half, y0 + t, low + t), (-half + t, y1 - t, high - 0.012)),
-        box((half - t, y0 + t, low + t), (half, y1 - t, high - 0.012)),
-        box((-half, y0, low + t), (half, y0 + t, high)),
+        box((x0, y0, low), (x1, y1, low + t)),
+        box((x0, y1 - t, low + t), (x1, y1, high - 0.012)),
+        box((x0, y0 + t, low + t), (x0 + t, y1 - t, high - 0.012)),
+        box((x1 - t, y0 + t, low + t), (x1, y1 - t, high - 0.012)),
+        box((x0, y0, low + t), (x1, y0 + t, high)),
         box((-0.03, -0.109, z - 0.002), (0.03, -0.103, z + 0.006), colour=DARK),
         *(box((x - 0.003, -0.103, z - 0.002), (x + 0.003, y0, z + 0.006), colour=DARK) for x in (-0.027, 0.027)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 from collections import OrderedDict
@@ -81,7 +82,7 @@ class Libero:
         camera_size: (height, width) of both images.
         wrist: offer the wrist camera; without it, a look costs half.
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
-        models: how many compiled tasks to keep, about 220 MB each; the least recently used goes first.
+        models: how many compiled tasks to keep, about 170 MB each; the least recently used goes first.
 
     ## Options of reset
     `task`: number of the task in its suite. `trial`: 0 to 49, the initial state. What is not given is drawn from the seed.
@@ -127,8 +128,11 @@ class Libero:
 
     def _scene(self, task: int) -> Scene:
         if task not in self.scenes:
-            while len(self.scenes) >= self.models:
-                self.scenes.popitem(last=False)[1].close()
+            if len(self.scenes) >= self.models:
+                self.scene = None  # else it keeps the dropped one alive
+                while len(self.scenes) >= self.models:
+                    self.scenes.popitem(last=False)[1].close()
+                gc.collect()  # robosuite's objects refer to each other in circles
             self.scenes[task] = Scene(self.all_tasks[task], self.folder, self.size, PEOPLE_SIZE)
         self.scenes.move_to_end(task)
         return self.scenes[task]

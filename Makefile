@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= outputs/demo
 EPISODES ?= 20
+# The expert needs 80 control steps. A random policy that may flail for the environment's 400 hits the bell by chance more often than not.
+MAX_STEPS ?= 100
 # The address of a package index with CPU builds of torch (the PyTorch install page names one). Empty: what pip finds by itself.
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -40,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt tools/no_deps.txt
 
 demo: setup ## Evaluate the scripted expert and a random policy on RoboTwin-ClickBell; videos and report in outputs/demo
 	@for policy in expert random; do \
-		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --num-envs 2 --seed 0 --videos 1 --out $(OUT)/$$policy || exit 1; done
+		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --max-steps $(MAX_STEPS) --num-envs 2 --seed 0 --videos 1 --out $(OUT)/$$policy || exit 1; done
 	@for policy in expert random; do echo "report of the $$policy policy: $(abspath $(OUT))/$$policy/report.html"; done
 
 test: setup ## Run the whole test suite

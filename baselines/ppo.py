@@ -29,7 +29,7 @@ from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, arguments, divides
+from vlahub.run import Run, advice, arguments, divides
 
 
 @dataclass
@@ -38,6 +38,10 @@ class Args:
     """environment to train in"""
     policy: str = "tiny:pi0"
     """bundled id, folder or hub repository; "tiny:FAMILY" is a small policy of that family with fresh weights"""
+    policy_options: tuple[str, ...] = ()
+    """entries of the policy's config to override, as KEY=VALUE (horizon=25 noise_level=0.3)"""
+    env_options: tuple[str, ...] = ()
+    """options of the environment, as KEY=VALUE (control_mode=ee_pose)"""
     out: str = "runs"
     """folder of all runs; this run gets a folder of its own below it"""
     name: str = ""
@@ -273,7 +277,7 @@ def main(args: Args) -> None:
     check_args(args, ranks)
     run = Run("ppo", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
-    with closing(run.make_env(len(envs))) as env:
+    with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface, value_head=True)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)

@@ -27,7 +27,7 @@ from vlahub.dataset import Dataset, Loader
 from vlahub.distributed import Ranks, print0
 from vlahub.interface import check
 from vlahub.policy import Policy
-from vlahub.run import Run, arguments, divides
+from vlahub.run import Run, advice, arguments, divides
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Args:
     """bundled id, folder or hub repository; "tiny:FAMILY" is a small policy of that family with fresh weights"""
     env_id: str = ""
     """environment to evaluate in; none if empty"""
+    policy_options: tuple[str, ...] = ()
+    """entries of the policy's config to override, as KEY=VALUE (horizon=25 noise_level=0.3)"""
+    env_options: tuple[str, ...] = ()
+    """options of the environment, as KEY=VALUE (control_mode=ee_pose)"""
     out: str = "runs"
     """folder of all runs; this run gets a folder of its own below it"""
     name: str = ""
@@ -140,7 +144,7 @@ def main(args: Args) -> None:
     check_args(args, ranks)
     first = Dataset(args.dataset[0])
     run = Run("sft", args, ranks)
-    with closing(run.make_env(args.num_envs)) if args.env_id and args.eval_every and ranks.rank == 0 else nullcontext() as env:
+    with advice(args), closing(run.make_env(args.num_envs)) if args.env_id and args.eval_every and ranks.rank == 0 else nullcontext() as env:
         interface = first.interface or (env.interface if env is not None else None)
         if interface is None and args.policy.startswith("tiny:"):
             raise ValueError(
@@ -149,10 +153,10 @@ def main(args: Args) -> None:
         policy = run.load_policy(interface)
         datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.dataset]
         fit = check(interface, policy) if interface is not None else None
-        if args.policy.startswith("tiny:") or args.dataset_statistics:
-            policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         share = args.batch_size // ranks.world
         loader = Loader(datasets, share, args.seed, args.weights or None, ranks.rank, ranks.world, args.loader_threads)
+        if args.policy.startswith("tiny:") or args.dataset_statistics:
+            policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         print0(
             f"{sum(map(len, datasets))} frames in {sum(len(d.episodes) for d in datasets)} episodes; {sum(map(len, datasets)) / args.batch_size:.0f} iterations an epoch"
         )

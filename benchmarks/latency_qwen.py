@@ -105,13 +105,13 @@ def vision_floor(policy, visual, batch: int, views: int, rate: float, bandwidth:
 # ------------------------------------------------------------------------------------------------ peers
 
 
-def processor():
+def processor(patch: int):
     """Qwen's image processor: the torchvision form that the originals use, or the Pillow form where torchvision is not installed."""
     import transformers
 
     for name in ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorPil"):
         try:
-            made = getattr(transformers, name)(min_pixels=3136, max_pixels=12845056)
+            made = getattr(transformers, name)(patch_size=patch, min_pixels=3136, max_pixels=12845056)
             made(images=[np.zeros((56, 56, 3), np.uint8)], return_tensors="pt")
         except (ImportError, AttributeError) as error:
             print(f"         {name} is not available here: {str(error).splitlines()[0][:100]}", flush=True)
@@ -154,7 +154,7 @@ class StarVLAPeer:
         from transformers import Qwen2_5_VLModel
 
         config = policy.config
-        self.policy, self.device, self.process = policy, device, processor()
+        self.policy, self.device, self.process = policy, device, processor(config.vision.patch)
         self.ids = {text: qwen_text.token(policy.tokenizer, text) for text in (qwen_text.IMAGE, qwen_text.VISION_START, qwen_text.VISION_END)}
         made = peer_config(config.vision, config.text, self.ids[qwen_text.IMAGE], (self.ids[qwen_text.VISION_START], self.ids[qwen_text.VISION_END]))
         self.model = built(lambda: Qwen2_5_VLModel(made), device)
@@ -187,7 +187,7 @@ class LingBotPeer:
 
         config = policy.config
         text, expert = config.text, config.expert
-        self.policy, self.device, self.process = policy, device, processor()
+        self.policy, self.device, self.process = policy, device, processor(config.vision.patch)
         made = peer_config(config.vision, text, 1, (2, 3))
         made.text_config.use_cache = True
         self.model = built(lambda: Qwen2_5_VLModel(made), device)

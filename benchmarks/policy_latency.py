@@ -73,10 +73,13 @@ def floor(policy: Pi0Policy, batch: int, cameras: int, tokens: int, steps: int, 
     attention = 4 * config.vlm.depth * config.vlm.num_heads * config.vlm.head_dim
     vision = 4 * config.vision.num_hidden_layers * config.vision.hidden_size * config.vision.tokens
     total = 0.0
-    tower, language = policy.paligemma.model.vision_tower, policy.language_model
+    tower, language = (
+        policy.paligemma.model.vision_tower,
+        [*policy.language_model.layers[:-1], policy.language_model.layers[-1].self_attn.k_proj, policy.language_model.layers[-1].self_attn.v_proj],
+    )
     for (count, size), length, extra, times in (
         (weights(tower), patches, vision * patches, 1),
-        (weights(language), prefix, attention * prefix * prefix, 1),
+        (weights(*language), prefix, attention * prefix * prefix, 1),
         (weights(policy.expert), suffix, attention * suffix * (prefix + suffix), steps),
     ):
         total += times * max(size / bandwidth, batch * (2 * count * length + extra) / rate)
@@ -141,7 +144,7 @@ def phases(policy: Pi0Policy, model: str, batch: int, cameras: int, tokens: int)
     tower = policy.paligemma.model.vision_tower.vision_model
     parts = {
         "vision": lambda inputs: {"out": tower(images.to_pixels(inputs["images"]).flatten(0, 1), policy._through)},
-        "prefix (with vision)": lambda inputs: {"out": policy._encode(inputs).out},
+        "prefix (with vision)": lambda inputs: {"out": policy._encode(inputs).kept[-1][0]},
         "one step": lambda inputs: {"out": policy.velocity(policy.expert_features(prefix, inputs["state"], x, timing, layout))},
     }
     for name, part in parts.items():
@@ -155,7 +158,7 @@ def profile(policy: Pi0Policy, what: str, batch: int, cameras: int, tokens: int)
     """The kernels of one decision, or of one prefix, by their total time."""
     given = inputs_for(policy, batch, cameras, tokens)
     noise = torch.randn(batch, policy.horizon, policy.config.action_dim, device=policy.device)
-    captured = capture.Captured(lambda inputs: {"out": policy._encode(inputs).out})
+    captured = capture.Captured(lambda inputs: {"out": policy._encode(inputs).kept[-1][0]})
     function = (lambda: captured(given)) if what == "prefix" else (lambda: decide(policy, given, noise, 10))
     function()
     torch.cuda.synchronize()
@@ -291,6 +294,8 @@ def main() -> None:
         start = time.perf_counter()
         with torch.device(device):
             policy = Pi0Policy(config, text.bundled()).eval()
+        for norm in policy.expert.norms() if pi05 else []:
+            torch.nn.init.normal_(norm.dense.weight, std=0.02)  # they start at zero, with every gate closed: nothing would be compared
         policy.to(device).cast(torch.bfloat16)
         print(f"{model}: {sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters built in {time.perf_counter() - start:.1f} s", flush=True)
         args = dict(rate=rate, bandwidth=bandwidth)

@@ -116,7 +116,9 @@ def test_eval_runs_a_function_from_a_module_here(tmp_path, monkeypatch, capsys):
     [
         (["eval", "--env", "test/Piont", "--policy", "expert"], "did you mean 'test/Point'"),
         (["eval", "--env", "no_module:test/Point", "--policy", "expert"], "no module 'no_module'"),
-        ([*EVAL, "exprt"], "'exprt' is no folder"),
+        ([*EVAL, "exprt"], "`expert` and `random` need no checkpoint"),
+        ([*EVAL, "lab/any", "--device", "cuda:99"], "--device cuda:99: there is no such device"),
+        ([*EVAL, "lab/any", "--device", "gpu"], "--device gpu: there is no such device"),
         ([*EVAL, "no_module:act"], "no module 'no_module'"),
         ([*EVAL, "expert", "--episodes", "0"], "episodes must be a whole number of at least 1"),
         ([*EVAL, "expert", "--num-envs", "0"], "num_envs must be"),
@@ -150,18 +152,20 @@ def test_a_wrong_flag_is_status_2(capsys):
 
 def test_options_are_read_as_literals():
     words = ["size=64", "rate=0.5", "assets=official", "on=true", "off=False", "none=none", "shape=(3,4)", "path=a=b"]
-    assert cli.options("x", words) == {
+    assert catalog.key_values("x", words) == {
         "size": 64, "rate": 0.5, "assets": "official", "on": True, "off": False, "none": None, "shape": (3, 4), "path": "a=b",
     }  # fmt: skip
     with pytest.raises(ValueError, match="'a' twice"):
-        cli.options("x", ["a=1", "a=2"])
+        catalog.key_values("x", ["a=1", "a=2"])
 
 
 def test_python_m_vlahub_explains_itself():
-    shown = subprocess.run([sys.executable, "-m", "vlahub", "eval", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=60)
+    shown = subprocess.run(
+        [sys.executable, "-m", "vlahub", "eval", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=240
+    )
     assert shown.returncode == 0 and "--num-envs" in shown.stdout and "the results do not depend on it" in shown.stdout
 
 
 def test_the_command_line_starts_without_torch():
     code = "import sys, vlahub.cli, vlahub.evaluation; print('torch' in sys.modules, 'av' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.split() == ["False", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240).stdout.split() == ["False", "False"]

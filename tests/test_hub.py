@@ -60,6 +60,14 @@ def test_a_mistyped_bundled_id_suggests_the_nearest(known):
         resolve("vlahub/a-tiny-pont")
 
 
+def test_an_id_that_resembles_none_is_not_answered_with_all_of_them(known):
+    with pytest.raises(UnknownId, match=r"'vlahub/qqqqqqqqq'; `vlahub list` shows the known ones"):
+        resolve("vlahub/qqqqqqqqq")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*; `vlahub list` shows") as raised:
+        resolve("qqqqqqqqq")
+    assert len(str(raised.value)) < 200
+
+
 def test_an_offline_miss_says_how_to_bring_the_files(known, tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         resolve("lab/pi0-libero", local_files_only=True, cache_dir=tmp_path)

@@ -1,3 +1,4 @@
+import time
 from contextlib import closing
 
 import numpy as np
@@ -13,7 +14,7 @@ from vlahub.vector import VectorEnv
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one slot", "two slots"])
 def env(request):
-    env = VectorEnv(POINT, num_envs=4, workers=2, slots=request.param, max_steps=9, timeout=20)
+    env = VectorEnv(POINT, num_envs=4, workers=2, slots=request.param, max_steps=9, timeout=60)
     yield env
     env.close()
 
@@ -115,3 +116,16 @@ def test_seed_streams_depend_on_place_and_count_only():
     a, b = SeedStream(1, [4, 5]), SeedStream(1, [5])
     assert a.next(1) == b.next(0) and a.next(1) == b.next(0) and a.count == [0, 2]
     assert len({SeedStream(seed, [env]).next(0) for seed in range(20) for env in range(20)}) == 400
+
+
+def test_waiting_for_resets_counts_as_simulation(env, monkeypatch):
+    def slow(**options):
+        time.sleep(0.2)
+        return reset(**options)
+
+    reset = env.reset
+    monkeypatch.setattr(env, "reset", slow)
+    runner = collector(env, policy(env))
+    assert runner.episodes([1, 2, 3, 4]).seconds["simulate"] >= 0.2
+    runner.restart()
+    assert runner.steady(1).seconds["simulate"] >= 0.2

@@ -7,11 +7,12 @@ same functions from its own package.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def _add(cards: dict[str, Any], key: str, card: Any) -> bool:
 
 
 def env_card(env_id: str) -> EnvCard:
-    env_id = env_id.removeprefix("vlahub:")
+    """The card of an id; "module:id" imports the module that registers it first, as gymnasium.make does."""
+    module, _, env_id = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
     if env_id not in ENVS:
         raise UnknownId(f"no environment is called {env_id!r}; {suggest(env_id, ENVS)}")
     return ENVS[env_id]
@@ -161,3 +165,21 @@ def make_expert(card: EnvCard | str, simulation: Simulation) -> Expert:
     if not card.expert:
         raise ValueError(f"{card.id} has no scripted expert")
     return load(card.expert)(simulation)
+
+
+def key_values(flag: str, words: Sequence[str]) -> dict[str, Any]:
+    """["size=64", "assets=official"] -> {"size": 64, "assets": "official"}. Values are read as Python literals, and as text where they are none."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--{flag} takes key=value, not {word!r}")
+        if key in found:
+            raise ValueError(f"--{flag} has {key!r} twice")
+        # the shell's habit of small letters must not turn False into the text "false", which counts as true
+        text = {"true": "True", "false": "False", "none": "None"}.get(text, text)
+        try:
+            found[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found

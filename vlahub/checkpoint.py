@@ -74,7 +74,8 @@ def save(
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in (*folder.glob(".step-*"), final):  # of a process that was killed while it saved or deleted
-            shutil.rmtree(left_over, ignore_errors=True)
+            if left_over.exists():
+                shutil.rmtree(left_over, ignore_errors=True)
         draft = folder / f".{final.name}.{os.getpid()}"
         draft.mkdir()
         policy.save_pretrained(draft / "policy", tensors=tensors)

@@ -1,4 +1,4 @@
-"""`vlahub list | doctor | eval`: the command line. `python -m vlahub` is the same.
+"""`vlahub list | doctor | eval | record | plot`: the command line. `python -m vlahub` is the same.
 
 A subcommand is a function with a docstring; its signature is the command's help. Errors of the user's making are one message and exit status 2;
 `--debug` anywhere on the line shows the traceback instead.
@@ -6,7 +6,6 @@ A subcommand is a function with a docstring; its signature is the command's help
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -22,6 +21,7 @@ import gymnasium
 import tyro
 
 from vlahub import catalog
+from vlahub.catalog import key_values
 
 # What a wrong argument, a missing package or file, or a world that cannot run raises. Anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError, gymnasium.error.Error)
@@ -34,14 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # `--policy module:function` names a module beside the user, which an installed script does not look for
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    commands = {"list": list_cards, "doctor": doctor, "eval": evaluate}
+    commands = {"list": list_cards, "doctor": doctor, "eval": evaluate, "record": record, "plot": plot}
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="vlahub",
             description="Robot environments and Vision-Language-Action policies. --debug shows the traceback of an error.",
             args=argv,
-            config=(tyro.conf.FlagCreatePairsOff,),
         )
     except KeyboardInterrupt:
         print("vlahub: interrupted", file=sys.stderr)
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------ list
 
 
-def list_cards(id: tyro.conf.Positional[str] = "", json: bool = False) -> int:
+def list_cards(id: tyro.conf.Positional[str] = "", json: tyro.conf.FlagCreatePairsOff[bool] = False) -> int:
     """Show the environments and policies, or everything about one.
 
     Args:
@@ -119,19 +118,32 @@ def _show_card(card: Any, as_json: bool) -> None:
 
 
 def _show_all() -> None:
+    """An id per line, uncut so that it can be copied, and what it is below it."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
     console = Console()
-    environments = Table("environment", "family", "what it is", title="Environments", title_justify="left")
-    for card in catalog.ENVS.values():
-        environments.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)))
-    policies = Table("policy", "family", "what it is", "trained for", title="Policies", title_justify="left")
-    for card in catalog.POLICIES.values():
-        policies.add_row(_plain(card.id), _plain(card.family), _plain(_with_fix(card)), _plain("\n".join(card.envs)))
-    for table, cards in ((environments, catalog.ENVS), (policies, catalog.POLICIES)):
-        console.print(table if cards else f"{table.title}: none registered")
+
+    def show(title: str, cards: Mapping[str, Any]) -> None:
+        console.print(Text(title, style="bold"))
+        for card in cards.values():
+            console.print(Text(f"  {card.id}", style="cyan"), soft_wrap=True)
+            console.print(Padding(_plain(_with_fix(card) + _trained_for(card)), (0, 0, 0, 6)))
+        if not cards:
+            console.print("  none registered")
+
+    show("Environments", catalog.ENVS)
+    for family in catalog.FAMILIES.values():
+        mine = {name: card for name, card in catalog.POLICIES.items() if card.family == family.name}
+        show(f"Policies of the family {family.name}: {family.summary}", mine)
     console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.", soft_wrap=True)
+
+
+def _trained_for(card: Any) -> str:
+    envs = getattr(card, "envs", ())
+    absent = "" if all(env in catalog.ENVS for env in envs) else ", not in this version"
+    return f" [for {', '.join(envs)}{absent}]" if envs else ""
 
 
 def _with_fix(card: Any) -> str:
@@ -199,8 +211,8 @@ def evaluate(
     from vlahub import evaluation
 
     env = _registered(env)  # a wrong id is cheap to find before the weights are loaded
-    given = options("env-options", env_options)
-    player = _load_policy(policy, device, dtype, options("policy-options", policy_options))
+    given = key_values("env-options", env_options)
+    player = _load_policy(policy, device, dtype, key_values("policy-options", policy_options))
     out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
     results = evaluation.evaluate(
         env,
@@ -215,7 +227,7 @@ def evaluate(
         videos=video_episodes or videos,
         env_options=given,
         policy_name=policy,
-        policy_options=options("policy-options", policy_options),
+        policy_options=key_values("policy-options", policy_options),
         command="vlahub " + shlex.join(sys.argv[1:]),
         progress=True,
     )
@@ -231,24 +243,6 @@ def _registered(env: str) -> str:
     return catalog.env_card(env_id).id
 
 
-def options(flag: str, words: Sequence[str]) -> dict[str, Any]:
-    """["size=64", "assets=official"] -> {"size": 64, "assets": "official"}. Values are read as Python literals, and as text where they are none."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"--{flag} takes key=value, not {word!r}")
-        if key in found:
-            raise ValueError(f"--{flag} has {key!r} twice")
-        # the shell's habit of small letters must not turn False into the text "false", which counts as true
-        text = {"true": "True", "false": "False", "none": "None"}.get(text, text)
-        try:
-            found[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[key] = text
-    return found
-
-
 def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapping[str, Any]) -> Any:
     """The policy behind a name on the command line."""
     from vlahub import evaluation
@@ -258,6 +252,9 @@ def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapp
         if policy_options or dtype:
             raise ValueError(f"--policy-options and --dtype are for checkpoints; {name!r} takes none")
         return _load_function(name) if code else name
+    if "/" not in name and not Path(name).expanduser().is_dir():  # found out before torch is imported
+        words = "`expert` and `random` need no checkpoint, ids read user/name, functions module:function"
+        raise FileNotFoundError(f"--policy {name}: {name!r} is no folder in {os.getcwd()}; {words}. `vlahub list` shows the known ids")
 
     import torch
 
@@ -265,6 +262,11 @@ def _load_policy(name: str, device: str, dtype: str | None, policy_options: Mapp
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA answers with an AssertionError
+        gpus = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "no GPU that this torch can use"
+        raise ValueError(f"--device {device}: there is no such device here (cpu; {gpus}). `vlahub doctor` says more") from error
     return vlahub.Policy.from_pretrained(name, device=device, dtype=getattr(torch, dtype) if dtype else None, **policy_options)
 
 
@@ -305,3 +307,93 @@ def _show_results(results: Any, out: Path) -> None:
         console.print(_plain(f"warning: {warning}"), style="yellow", soft_wrap=True)
     console.print(_plain(results), style="bold", soft_wrap=True)
     console.print(_plain(f"report: {out / 'report.html'}"), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------ record
+
+
+def record(
+    env: str,
+    policy: str,
+    episodes: int,
+    out: Path,
+    num_envs: int = 1,
+    seed: int = 0,
+    format: Literal["v2.1", "v3.0"] = "v2.1",
+    images: Literal["png", "jpeg", "video"] = "png",
+    only_successes: bool = True,
+    execute: int | None = None,
+    max_steps: int | None = None,
+    timeout: float = 300.0,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    env_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
+    policy_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
+) -> int:
+    """Record demonstrations of the expert or a policy as a LeRobot-format dataset, one row per control step.
+
+    The same command continues a recording that was interrupted; more episodes extend a v2.1 dataset.
+
+    Args:
+        env: environment id; `vlahub list` shows them. `module:id` imports the module that registers it first.
+        policy: `expert`, `random`, a bundled id, a folder, a hub repository, or `module:function`.
+        episodes: how many are run; every task gets the same number of trials. None of them is an episode of an evaluation or of training.
+        out: the dataset's folder.
+        num_envs: environments that run at once, each in its own process; the dataset does not depend on it.
+        seed: decides the episodes, with their number.
+        format: of the dataset; openpi and RLinf read v2.1, lerobot from 0.4 on v3.0.
+        images: how pictures are kept; png is lossless.
+        only_successes: leave out episodes that were not solved; they are listed in any case.
+        execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
+        max_steps: control steps per episode; the environment's own limit by default.
+        timeout: seconds that a simulation may take to start, reset or run a chunk.
+        device: where the policy runs; a GPU if there is one by default.
+        dtype: of the policy's weights; the family's own by default.
+        env_options: options of the environment, as key=value.
+        policy_options: options of from_pretrained, as key=value.
+    """
+    catalog.require(("pyarrow",), "train", "recording a dataset")
+    from vlahub import record as recorder
+
+    env = _registered(env)
+    given = key_values("env-options", env_options)
+    player = _load_policy(policy, device, dtype, key_values("policy-options", policy_options))
+
+    result = recorder.record(
+        env,
+        player,
+        episodes,
+        out,
+        num_envs=num_envs,
+        seed=seed,
+        version=format,
+        images=images,
+        only_successes=only_successes,
+        execute=execute,
+        max_steps=max_steps,
+        timeout=timeout,
+        env_options=given,
+        policy_name=policy,
+    )
+    for line in result.failures:
+        words = f"lost: {line.aborted}" if line.aborted else "not solved"
+        print(f"task {line.task}, trial {line.trial}, seed {line.seed}: {words}" + ("" if line.episode is None else f" (episode {line.episode})"))
+    print(result)
+    return 0 if result.written else 1
+
+
+# ------------------------------------------------------------------------------------------------ plot
+
+
+def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("curves.png"), metrics: tuple[str, ...] = ()) -> int:
+    """Draw the curves of training runs, several runs over each other, into one PNG.
+
+    Args:
+        runs: folders of runs (what a baseline prints at its start).
+        out: the picture.
+        metrics: names or patterns like `train/*`; by default success, return and losses, as far as the runs have them.
+    """
+    from vlahub import plot as plots
+
+    print(plots.plot(runs, out, metrics))
+    return 0

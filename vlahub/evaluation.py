@@ -61,8 +61,8 @@ class Episode:
     seed: int
 
 
-def episodes_of(count: int, seed: int, tasks: int, trials: int | None) -> list[Episode]:
-    """The `count` episodes of an evaluation, task by task.
+def episodes_of(count: int, seed: int, tasks: int, trials: int | None, purpose: tuple[int, ...] = ()) -> list[Episode]:
+    """The `count` episodes of an evaluation, task by task; with another `purpose` (a spawn key), episodes chosen alike with seeds of their own.
 
     Every task gets the same number of trials (the first `count % tasks` tasks one more), beginning with trial 0. The seed of a (task, trial) depends on
     nothing but `seed`: a longer evaluation contains the shorter one. They are ordered task by task because loading a task's scene takes most of a reset.
@@ -73,12 +73,12 @@ def episodes_of(count: int, seed: int, tasks: int, trials: int | None) -> list[E
             f"ask for at most {tasks * trials}"
         )
     chosen = [(task, trial) for task in range(tasks) for trial in range(count // tasks + (task < count % tasks))]
-    return [Episode(index, task, trial, episode_seed(seed, task, trial)) for index, (task, trial) in enumerate(chosen)]
+    return [Episode(index, task, trial, episode_seed(seed, task, trial, purpose)) for index, (task, trial) in enumerate(chosen)]
 
 
-def episode_seed(seed: int, task: int, trial: int) -> int:
+def episode_seed(seed: int, task: int, trial: int, purpose: tuple[int, ...] = ()) -> int:
     """31 bits, because that is the range of environment seeds."""
-    return int(np.random.SeedSequence([seed, task, trial]).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence([seed, task, trial], spawn_key=purpose).generate_state(1)[0] >> 1)
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -214,7 +214,7 @@ class Results(Summary):
 def instruction_of(outcomes: Sequence[Outcome]) -> str:
     """A task's instruction; its first one and the number of others where it is worded differently every time."""
     texts = list(dict.fromkeys(outcome.instruction for outcome in outcomes if outcome.instruction))
-    return (texts[0] if texts else "") + (f" (and {len(texts) - 1} other wordings)" if len(texts) > 1 else "")
+    return (texts[0] if texts else "") + (f" (and {len(texts) - 1} other wording{'s' if len(texts) > 2 else ''})" if len(texts) > 1 else "")
 
 
 def versions() -> dict[str, str]:
@@ -303,31 +303,11 @@ class Folder:
             self._lines = open(self.path / "episodes.jsonl", "a+b", buffering=0)
         except OSError as error:
             raise OSError(error.errno, f"cannot write to the output folder {self.path}: {error.strerror}; choose another with out=...") from error
-        self._lock()
-
-    def _lock(self) -> None:
-        """Two evaluations in one folder would run the same episodes twice."""
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock; there, one evaluation per folder is up to the user
-            return
-        try:
-            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lines.close()
-            raise RuntimeError(f"another evaluation is writing to {self.path}; wait for it or choose another folder") from error
+        lock(self._lines, self.path, "evaluation")
 
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Write the settings, or compare them with those that are there."""
-        file = self.path / "settings.json"
-        text = json.dumps(settings, indent=2, default=str) + "\n"
-        if not file.exists():
-            _write(file, text)
-            return
-        there, here = json.loads(file.read_text()), json.loads(text)
-        differing = [f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in {**there, **here} if there.get(name) != here.get(name)]
-        if differing:
-            raise SettingsDiffer(f"{self.path} holds an evaluation with other settings: {'; '.join(differing)}. Use the same, or another folder")
+        agree(self.path / "settings.json", settings, "evaluation")
 
     def finished(self) -> list[Outcome]:
         """The episodes that earlier runs finished. A last line cut off by a kill is dropped from the file."""
@@ -373,6 +353,33 @@ class Folder:
 
     def close(self) -> None:
         self._lines.close()
+
+
+def lock(lines: Any, folder: Path, what: str) -> None:
+    """Two evaluations (or recordings) in one folder would run the same episodes twice. The lock is on an open file and goes with it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there, one per folder is up to the user
+        return
+    try:
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lines.close()
+        raise RuntimeError(f"another {what} is writing to {folder}; wait for it or choose another folder") from error
+
+
+def agree(file: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Write the settings of an evaluation or recording, or compare them with those that are there."""
+    text = json.dumps(settings, indent=2, default=str) + "\n"
+    if not file.exists():
+        _write(file, text)
+        return
+    there, here = json.loads(file.read_text()), json.loads(text)
+    differing = [f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in {**there, **here} if there.get(name) != here.get(name)]
+    if differing:
+        raise SettingsDiffer(
+            f"{file.parent} holds {'an' if what[0] in 'aeio' else 'a'} {what} with other settings: {'; '.join(differing)}. Use the same, or another folder"
+        )
 
 
 def _write(path: Path, text: str) -> None:
@@ -560,7 +567,7 @@ def _run(venv: Any, player: Player, fit: Fit, todo: Sequence[Episode], results: 
             return
         running.update({row: queue.popleft() for row in fresh})
         started = [running[row].episode if row in fresh else None for row in rows]
-        observations[slot] = timed("simulate_seconds", _start, venv, started, slot)
+        observations[slot] = timed("simulate_seconds", start, venv, started, slot)
         for row in fresh:
             running[row].instruction = observations[slot]["task_descriptions"][row - rows.start]
 
@@ -666,7 +673,7 @@ def _conclude(results: Results) -> None:
         results.warnings.append(f"actions out of bounds were clipped in {len(clipped)} episodes, {sum(outcome.clipped for outcome in clipped)} numbers in all")
 
 
-def _start(venv: Any, started: Sequence[Episode | None], slot: int) -> Any:
+def start(venv: Any, started: Sequence[Episode | None], slot: int) -> Any:
     """Start episodes in some envs of a slot (None: leave it). -> the slot's observation."""
     episodes = [episode or Episode(0, 0, 0, 0) for episode in started]  # what stands for the others is not looked at
     options: dict[str, Any] = {"reset_mask": np.array([episode is not None for episode in started]), "task": [episode.task for episode in episodes]}
@@ -741,7 +748,7 @@ class ReplayDiffers(RuntimeError):
 def replay(venv: Any, outcome: Outcome, chunks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """The captioned pictures of an episode, one per control step and one of its start."""
     others = [None] * (len(venv.slot_envs(0)) - 1)
-    observation = _start(venv, [Episode(outcome.index, outcome.task, outcome.trial, outcome.seed), *others], slot=0)
+    observation = start(venv, [Episode(outcome.index, outcome.task, outcome.trial, outcome.seed), *others], slot=0)
     instruction, steps, total, success = observation["task_descriptions"][0], 0, 0.0, False
 
     def captioned(picture: np.ndarray, reward: float, end: str = "") -> np.ndarray:

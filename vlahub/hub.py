@@ -49,9 +49,9 @@ def resolve(
         package, _, folder = card.folder.partition(":")
         return Path(str(importlib.resources.files(package))) / folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name!r} is no folder on this machine, and no 'user/name' id either; {catalog.suggest(name, catalog.POLICIES)}")
+        raise FileNotFoundError(f"{name!r} is no folder on this machine, and no 'user/name' id either; {_nearest(name)}")
     if name.startswith("vlahub/"):
-        raise catalog.UnknownId(f"no bundled policy is called {name!r}; {catalog.suggest(name, [p for p in catalog.POLICIES if p.startswith('vlahub/')])}")
+        raise catalog.UnknownId(f"no bundled policy is called {name!r}; {_nearest(name, bundled=True)}")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -78,14 +78,21 @@ def resolve(
     except (GatedRepoError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"{name!r} cannot be read from the hub: {error}") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"there is no repository {name!r} on the hub, or it needs a token; {catalog.suggest(name, catalog.POLICIES)}") from error
+        raise FileNotFoundError(f"there is no repository {name!r} on the hub, or it needs a token; {_nearest(name)}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        near = "" if name in catalog.POLICIES else catalog.suggest(name, catalog.POLICIES)
+        near = "" if name in catalog.POLICIES else _nearest(name)
         raise FileNotFoundError(
             f"{name!r} is not in the local cache and could not be downloaded ({type(error).__name__}: {error}). "
             f"On a machine with a network run: hf download {name}; then copy the cache here, or pass the folder instead of the id."
             + (f" It is no id that vlahub knows: {near}" if near.startswith("did you mean") else "")
         ) from error
+
+
+def _nearest(name: str, bundled: bool = False) -> str:
+    """What may have been meant; where nothing is near, the way to the list instead of the list, which is long."""
+    known = [policy for policy, card in catalog.POLICIES.items() if card.folder or not bundled]
+    near = catalog.suggest(name, known)
+    return near if near.startswith("did you mean") else "`vlahub list` shows the known ones" if known else "none is, in this version"
 
 
 def family_of(folder: Path) -> str:

@@ -139,8 +139,10 @@ class Collector:
 
     def steady(self, chunks: int) -> Rollout:
         """`chunks` decisions in every environment; when an episode ends, the next one begins."""
-        for slot in range(len(self.slots)):
-            self._begin(slot)
+        self.seconds = {"infer": 0.0, "simulate": 0.0}
+        with self._timed("simulate"):
+            for slot in range(len(self.slots)):
+                self._begin(slot)
         return self._collect(chunks, refill=True)
 
     def episodes(self, seeds: Sequence[int], options: Mapping[str, Any] | None = None) -> Rollout:
@@ -149,8 +151,10 @@ class Collector:
         Equal seeds (and options) give equal initial states, the groups of GRPO; exploration noise differs all the same.
         An option is one value for all environments or a list of one per environment."""
         self.over[:] = True
-        for slot in range(len(self.slots)):
-            self._begin(slot, np.asarray(seeds), options)
+        self.seconds = {"infer": 0.0, "simulate": 0.0}
+        with self._timed("simulate"):
+            for slot in range(len(self.slots)):
+                self._begin(slot, np.asarray(seeds), options)
         return self._collect(-(-self.env.max_steps // self.execute), refill=False)
 
     # ------------------------------------------------------------------------------------------------
@@ -184,7 +188,6 @@ class Collector:
     @torch.no_grad()
     def _collect(self, chunks: int, refill: bool) -> Rollout:
         count, N = self.env.num_envs, self.execute
-        self.seconds = {"infer": 0.0, "simulate": 0.0}
         row = np.full((chunks, count), -1, np.int64)
         reward, cut_value = np.zeros((chunks, count, N), np.float32), np.zeros((chunks, count), np.float32)
         valid, terminated, truncated = (np.zeros((chunks, count, N), bool) for _ in range(3))

@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from vlahub import catalog, checkpoint, distributed
+from vlahub.catalog import key_values
 from vlahub.distributed import Ranks, print0
 from vlahub.evaluation import evaluate
 from vlahub.interface import Interface
@@ -41,7 +42,9 @@ class Shared(Protocol):
     """Arguments that `Run` reads."""
 
     env_id: str
+    env_options: tuple[str, ...]
     policy: str
+    policy_options: tuple[str, ...]
     out: str
     name: str
     resume: str
@@ -64,7 +67,7 @@ def arguments(kind: type[Args], description: str | None, argv: Sequence[str] | N
     argv = list(sys.argv[1:] if argv is None else argv)
     parsed = tyro.cli(kind, description=description, args=argv)
     if not parsed.resume:
-        return parsed
+        return _known(parsed)
     file = Path(parsed.resume) / "args.json"
     if not file.exists():
         raise SystemExit(f"--resume {parsed.resume}: this folder holds no run (there is no {file.name}); give the folder that a run printed at its start")
@@ -74,7 +77,26 @@ def arguments(kind: type[Args], description: str | None, argv: Sequence[str] | N
     if differ:
         words = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(parsed, name)!r}" for name in differ)
         raise SystemExit(f"--resume {parsed.resume}: a resumed run keeps its arguments, but {words}. Start a new run instead")
-    return parsed
+    return _known(parsed)
+
+
+def _known(args: Any) -> Any:
+    """The arguments, if the names of environment and policy lead somewhere: a mistyped one is a message at once, not a traceback after minutes."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `--env-id module:id` names a module beside the user, where Python does not look for a script's imports
+    family, _, name = args.policy.partition(":")
+    try:
+        if args.env_id:
+            catalog.env_card(args.env_id)
+        if family == "tiny":
+            catalog.family_card(name)
+        elif "/" not in args.policy and not Path(args.policy).is_dir():
+            raise catalog.UnknownId(
+                f"--policy {args.policy}: no such folder; ids read user/name, and tiny:FAMILY ({', '.join(catalog.FAMILIES)}) is a fresh small one"
+            )
+    except (catalog.UnknownId, ModuleNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+    return args
 
 
 def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
@@ -82,6 +104,37 @@ def divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
     if part < 1 or whole % part:
         nearest = sorted((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - part))[:3]
         raise ValueError(f"{part_name} ({part}) does not divide {whole_name} ({whole}); nearest that do: {', '.join(map(str, sorted(nearest)))}")
+
+
+def memory_advice(error: BaseException, args: Any) -> str:
+    """What to change if the error means too little memory, else nothing."""
+    words = str(error).lower()
+    if not (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or (isinstance(error, RuntimeError) and ("out of memory" in words or "allocate memory" in words))
+    ):
+        return ""
+    knobs = []
+    if hasattr(args, "micro_batch_size"):
+        knobs.append(f"a smaller --micro-batch-size (it is {args.micro_batch_size}; the batch and the result stay the same)")
+    if not getattr(args, "bf16", True):
+        knobs.append("--bf16")
+    knobs.append("gradient checkpointing, where the policy's family offers it")
+    for name, value in vars(args).items():
+        if name in ("num_envs", "num_groups", "rollout_rounds", "num_chunks", "batch_size") and value > 1:
+            knobs.append(f"a smaller --{name.replace('_', '-')} (it is {value})")
+    return "the run is out of memory. In this order, try " + "; ".join(knobs)
+
+
+@contextlib.contextmanager
+def advice(args: Any) -> Iterator[None]:
+    """Add what to change to an error that means too little memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if words := memory_advice(error, args):
+            error.add_note(words)
+        raise
 
 
 class Run:
@@ -119,7 +172,8 @@ class Run:
 
     def make_env(self, count: int) -> VectorEnv:
         """This rank's environments, in two halves that alternate where there are processes for both."""
-        options = {"max_steps": self.args.max_steps} if self.args.max_steps else {}
+        options = key_values("env-options", self.args.env_options)
+        options |= {"max_steps": self.args.max_steps} if self.args.max_steps else {}
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
         return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
@@ -127,6 +181,7 @@ class Run:
     def load_policy(self, interface: Interface, **options: Any) -> Policy:
         """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
         distributed.seed_everything(self.args.seed)  # fresh weights and heads are the same on every rank
+        options = {**options, **key_values("policy-options", self.args.policy_options)}
         family, _, name = self.args.policy.partition(":")
         if family == "tiny":
             policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
@@ -232,6 +287,8 @@ class Run:
             values["env/aborted"] = distributed.total(torch.tensor(float(rollout.aborted), device=self.ranks.device)).item()
             values["charts/SPS"] = (steps - self.steps_at_start) / (time.perf_counter() - self.started)
             self.seconds |= {f"rollout_{what}": seconds for what, seconds in rollout.seconds.items()}
+        if self.skipped:
+            values["train/skipped_steps"] = self.skipped
         values |= distributed.average({f"time/{what}": seconds for what, seconds in self.seconds.items()})
         self.seconds = {}
         self.tracker.log(steps, values)
@@ -256,7 +313,7 @@ class Run:
     def export(self, policy: Policy) -> None:
         """The finished policy, in the run's folder `policy`, for from_pretrained."""
         distributed.on_rank0(lambda: str(policy.save_pretrained(self.folder / "policy")))
-        print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env ... --policy {self.folder / 'policy'}")
+        print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env {self.args.env_id or 'ID'} --policy {self.folder / 'policy'}")
 
     def close(self) -> None:
         self.tracker.close()

@@ -36,8 +36,10 @@ METRICS = {
     "rollout/success_rate": "share of the batch's trajectories that were solved",
     "rollout/advantages_*": "mean, std, min or max of the advantages over the whole batch, all ranks together",
     "rollout/returns_*": "mean, std, min or max of the value targets over the whole batch, all ranks together",
+    "rollout/groups_kept": "share of GRPO's groups that the update uses; the others were filtered by their score, or lost",
     "train/actor/policy_loss": "clipped surrogate loss",
     "train/actor/approx_kl": "(ratio - 1) - log ratio, mean: how far the policy moved from the one that sampled",
+    "train/actor/reference_kl": "KL divergence from the frozen policy that the run started from (k3 estimate), where it is part of the loss",
     "train/actor/clip_fraction": "share of ratios outside the clip range",
     "train/actor/entropy": "mean entropy of the action distribution",
     "train/actor/grad_norm": "norm of the gradient before clipping",
@@ -54,6 +56,7 @@ METRICS = {
     "train/ppo_loss": "the reinforcement-learning loss in co-training",
     "train/sft_loss": "the supervised loss in co-training",
     "train/loss_ratio": "beta * |sft_loss| / |ppo_loss|; above 1e5 one of the two does nothing",
+    "train/skipped_steps": "optimiser steps left out since the process began, because the loss or a gradient was not finite; absent while there are none",
     "time/*": "seconds of one iteration spent there",
     "charts/SPS": "control steps per second, from the start of the run, all ranks together",
 }
@@ -130,7 +133,9 @@ def line(step: int, scalars: Mapping[str, float], seconds: float) -> str:
     broken = [name for name, value in scalars.items() if not math.isfinite(value)]
     words += [f"WARNING: {', '.join(broken)} not finite"] if broken else []
     if scalars.get("train/loss_ratio", 0) > LARGEST_LOSS_RATIO:
-        words.append(f"WARNING: train/loss_ratio above {LARGEST_LOSS_RATIO:g}, the reinforcement-learning loss has no weight; lower beta")
+        words.append(
+            f"WARNING: train/loss_ratio above {LARGEST_LOSS_RATIO:g}, the reinforcement-learning loss has no weight beside the supervised one: lower --sft-loss-weight"
+        )
     return "  ".join(words)
 
 

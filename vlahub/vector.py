@@ -442,21 +442,22 @@ class VectorEnv(BaseVectorEnv):
 
     # Chunks
 
-    def step_chunk(self, actions: Any, record: Any = None, record_every: int = 1) -> ChunkResult:
+    def step_chunk(self, actions: Any, record: Any = None, record_every: int = 1, look: bool = False) -> ChunkResult:
         """Run a chunk in every env and look once, at its end. An env stops where its episode ends; a finished env runs nothing (length 0).
 
         Args:
             actions: [B, N, D] in env units; or a list of B chunks [n, D] of different lengths, where an empty one or None leaves the env as it is.
             record: bool [B], or True: bring back info["frames"], per env a list of pictures [H, W, 3] for people.
             record_every: a picture after every so many control steps.
+            look: bring back info["observations"], per env a list of what is seen after each control step that ran; for recording demonstrations.
         """
         rows = self._idle(None, "step_chunk")
-        return self._finish(self._chunk(actions, rows, "step_chunk", record, record_every))
+        return self._finish(self._chunk(actions, rows, "step_chunk", record, record_every, look))
 
-    def send(self, actions: Any, slot: int = 0, record: Any = None, record_every: int = 1) -> None:
+    def send(self, actions: Any, slot: int = 0, record: Any = None, record_every: int = 1, look: bool = False) -> None:
         """Start `step_chunk` in one slot and return at once; its envs are `slot_envs(slot)`."""
         rows = self._idle(slot, "send")
-        self._pending[slot] = self._chunk(actions, rows, "send", record, record_every)
+        self._pending[slot] = self._chunk(actions, rows, "send", record, record_every, look)
 
     def recv(self, slot: int = 0) -> ChunkResult:
         """Wait for what `send` started in this slot."""
@@ -472,7 +473,7 @@ class VectorEnv(BaseVectorEnv):
             raise ValueError(f"{self.card.id} has no scripted expert")
         return self._ask("expert", [env for env in rows if not self._over[env] and env not in self._lost], rows)
 
-    def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int) -> Exchange:
+    def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int, look: bool = False) -> Exchange:
         """Check the arguments and start the chunk."""
         chunks, clipped = self._checked_chunks(actions, rows, where)
         recorded = checked_mask(False if record is None else record, len(rows), "record")
@@ -493,7 +494,7 @@ class VectorEnv(BaseVectorEnv):
                 next_seed = None
                 if self.autoreset_mode is AutoresetMode.SAME_STEP:
                     next_seed = self._next_seeds[env] = self._seed(env)  # spent if the episode ends
-                jobs[env] = Job("run", actions=chunks[row].tobytes(), next_seed=next_seed, record_every=record_every if recorded[row] else 0)
+                jobs[env] = Job("run", actions=chunks[row].tobytes(), next_seed=next_seed, record_every=record_every if recorded[row] else 0, look=look)
             elif self._shown[env]:
                 jobs[env] = Job("repeat")
         clips = {env: int(clipped[row]) for row, env in enumerate(rows) if clipped[row]}

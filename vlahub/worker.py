@@ -26,7 +26,7 @@ import numpy as np
 from gymnasium import spaces
 
 from vlahub import catalog
-from vlahub.env import Episode
+from vlahub.env import Episode, own
 from vlahub.interface import Interface
 from vlahub.observation import Observation, space_of
 from vlahub.simulation import Expert, Simulation
@@ -97,6 +97,7 @@ class Job(NamedTuple):
     actions: bytes = b""  # run: float32 [n, D]; bytes, because arrays take several times as long to pickle
     next_seed: int | None = None  # run: if the episode ends, start the next one with this seed
     record_every: int = 0  # run: a frame after every so many control steps; 0: none
+    look: bool = False  # run: also what is seen after every control step
 
 
 class Outcome(NamedTuple):
@@ -213,19 +214,24 @@ class Resident:
 
     def _run(self, job: Job, rows: dict[str, np.ndarray]) -> Reply:
         frames: list[np.ndarray] = []
+        observations: list[Observation] = []
         steps = 0
 
         def watch() -> None:
             nonlocal steps
             steps += 1
-            if steps % job.record_every == 0:
+            if job.record_every and steps % job.record_every == 0:
                 frames.append(np.array(self.simulation.render()))
+            if job.look:
+                observations.append(own(self.simulation.observe()))
 
         actions = np.frombuffer(job.actions, np.float32).reshape(-1, self.simulation.interface.action_dim).copy()  # writable
-        reward, terminated, truncated, length, info = self.episode.run(actions, watch if job.record_every else None)
+        reward, terminated, truncated, length, info = self.episode.run(actions, watch if job.record_every or job.look else None)
         outcome = Outcome(reward[:length].tobytes(), bool(terminated[length - 1]), bool(truncated[length - 1]), length)
         if job.record_every:
             info["frames"] = frames
+        if job.look:
+            info["observations"] = observations[:length]
         self._look()
         final = None
         if self.episode.done and job.next_seed is not None:

@@ -49,7 +49,7 @@ from vlahub_policies.parts.qwen_vl import (
     joint_attention,
     pack,
     patchify,
-    read_config,
+    sizes_of,
     through,
 )
 
@@ -611,7 +611,6 @@ class LingBotPolicy(Policy):
             horizon=10,
             execute=5,
             image_size=(96, 96),
-            max_text=32,
             num_steps=4,
             value_hidden=(128, 64),
             train_expert_only=False,
@@ -653,7 +652,8 @@ class LingBotPolicy(Policy):
 # ------------------------------------------------------------------------------------------------ published layout
 
 YAML = "lingbotvla_cli.yaml"
-EMBEDDING = "model.qwenvl_with_expert.qwenvl.model.embed_tokens.weight"
+QWEN = "model.qwenvl_with_expert.qwenvl."
+EMBEDDING = QWEN + "model.embed_tokens.weight"
 
 
 def find_model(folder: Path) -> Path:
@@ -717,10 +717,8 @@ def read_model(
     ):
         if settings.get(name, needed) != needed:
             raise hub.CheckpointError(f"{model} was trained with {name}={settings.get(name)!r}; only {needed} is supported, as in every released checkpoint")
-    if not (base / hub.CONFIG).exists():
-        raise hub.CheckpointError(f"{base} has no config.json; copy it from Qwen2.5-VL-3B-Instruct")
-    vision, text = read_config(hub.read_json(base / hub.CONFIG))
-    text = replace(text, vocab=weights.shape(EMBEDDING)[0])
+    shapes = {name: weights.shape(name) for name in weights}
+    vision, text = sizes_of(shapes, QWEN + "visual.", QWEN + "model.", base)
     width = weights.shape("model.state_proj.weight")[1]
     expert = "model.qwenvl_with_expert.qwen_expert.model.layers.0.mlp.up_proj.weight"
     mlp, hidden = weights.shape(expert)

@@ -11,6 +11,7 @@ in the prompt as text, or nowhere (`state_in_prompt=False`, as for LIBERO).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -128,7 +129,7 @@ class Prefix:
 
     kept: list[KeysValues]  # keys and values of each layer, [B, P, kv heads, head_dim]
     mask: torch.Tensor  # [B, P] bool, valid tokens
-    out: torch.Tensor | None  # [B, P, width] after the final norm; None where keys and values came from a trace
+    out: torch.Tensor | None  # [B, P, width] after the final norm; None where nobody reads it, or keys and values came from a trace
 
 
 @dataclass
@@ -164,6 +165,17 @@ class PaliGemma(nn.Module):
         self.model.language_model = Gemma(config.vlm)
         # The text embedding. The published files store it, tied as it is, under the output head's name.
         self.lm_head = nn.Embedding(config.vocab_size, config.vlm.width)
+
+
+def in_float32(method: Callable) -> Callable:
+    """Keep autocast out of a method: time features and flow heads are float32 in the originals, and bf16 would round t's features away."""
+
+    @functools.wraps(method)
+    def run(self: Pi0Policy, *args: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args)
+
+    return run
 
 
 class Pi0Policy(Policy):
@@ -219,13 +231,17 @@ class Pi0Policy(Policy):
         mask = torch.cat([present.repeat_interleave(self.config.vision.tokens, dim=1), token_mask], dim=1)
         return torch.cat([seen, read.to(seen.dtype)], dim=1), mask
 
-    def encode_prefix(self, pixels: torch.Tensor, tokens: torch.Tensor, token_mask: torch.Tensor, image_mask: torch.Tensor | None = None) -> Prefix:
+    def encode_prefix(
+        self, pixels: torch.Tensor, tokens: torch.Tensor, token_mask: torch.Tensor, image_mask: torch.Tensor | None = None, wanted: bool = True
+    ) -> Prefix:
+        """`wanted`: whether anybody reads the prefix's output, beside its keys and values."""
         embedded, mask = self.embed_prefix(pixels, tokens, token_mask, image_mask)
         visible = mask[:, None, :] & mask[:, :, None]  # one block: every valid token sees every other
         turn = rotation(_positions(mask), self.config.vlm.head_dim)
-        out, kept = self.language_model(embedded, turn, _bias(visible, embedded.dtype), through=self._through)
+        out, kept = self.language_model(embedded, turn, _bias(visible, embedded.dtype), through=self._through, wanted=wanted)
         return Prefix(kept, mask, out)
 
+    @in_float32
     def timing(self, time: torch.Tensor) -> Timing:
         """[N] -> Timing of N rows."""
         embedding = flow.time_embedding(time, self.config.expert.width)
@@ -236,6 +252,7 @@ class Pi0Policy(Policy):
         hidden = F.silu(self.time_mlp_in(embedding.to(self.time_mlp_in.weight.dtype)))
         return F.silu(self.time_mlp_out(hidden))
 
+    @in_float32
     def embed_suffix(self, state: torch.Tensor, x: torch.Tensor, timing: Timing) -> torch.Tensor:
         """state [B, A], x [B, H, A], timing of B rows or 1 -> [B, H, width], pi0: [B, 1 + H, width] with the state first."""
         x = x.to(self.action_in_proj.weight.dtype)
@@ -265,10 +282,12 @@ class Pi0Policy(Policy):
         features, _ = self.expert(self.embed_suffix(state, x, timing), turn, bias, prefix.kept, timing.modulations, self._through)
         return features[:, -self.config.horizon :].float()
 
+    @in_float32
     def velocity(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H, width] -> v [B, H, A] float32"""
         return self.action_out_proj(features.to(self.action_out_proj.weight.dtype)).float()
 
+    @in_float32
     def denoised(self, features: torch.Tensor) -> flow.Denoised:
         """What the heads make of the expert's features."""
         spread = self.noise_head(features) if self.config.noise_method == "flow_noise" else None
@@ -470,7 +489,8 @@ class Pi0Policy(Policy):
         self._captured, self._quick, self._captured_for, self._acceleration = None, {}, None, "off"
 
     def _encode(self, inputs: Trace) -> Prefix:
-        return self.encode_prefix(images.to_pixels(inputs["images"]), inputs["tokens"], inputs["token_mask"])
+        wanted = self.config.value_head and self.config.value_from == "prefix"
+        return self.encode_prefix(images.to_pixels(inputs["images"]), inputs["tokens"], inputs["token_mask"], wanted=wanted)
 
     def _trim(self, inputs: Trace) -> Trace:
         """Without the padding that no row of this batch needs. Padded tokens are seen by nobody, so nothing else changes."""

@@ -41,7 +41,7 @@ from vlahub_policies.parts.qwen_vl import (
     pack,
     patchify,
     positions_of,
-    read_config,
+    sizes_of,
 )
 
 ACTION_TOKEN = "🔍"  # one rare character that Qwen's vocabulary holds as one token
@@ -515,11 +515,7 @@ def read_run(
     framework = _entry(record, "framework.name") or _entry(record, "framework.framework_py")
     if framework != "QwenOFT":
         raise hub.CheckpointError(f"{run / 'config.yaml'} says framework {framework!r}; only QwenOFT is supported")
-    settings = hub.read_json(base / hub.CONFIG) if (base / hub.CONFIG).exists() else None
-    if settings is None:
-        raise hub.CheckpointError(f"{base} has no config.json; copy it from the Qwen2.5-VL base model")
-    vision, text = read_config(settings)
-    text = replace(text, vocab=shapes[EMBEDDING][0])  # some bases carry 2048 further tokens: the checkpoint decides
+    vision, text = sizes_of(shapes, PREFIX + "visual.", PREFIX + "language_model.", base)
     action = _entry(record, "framework.action_model") or {}
     horizon = action.get("action_horizon") or action.get("past_action_window_size", 0) + 1 + action.get("future_action_window_size", -1)
     if horizon < 1:
@@ -560,32 +556,3 @@ def pick_statistics(file: Path, unnorm_key: str | None) -> tuple[str, Mapping[st
     if "action" not in record[key]:
         raise hub.CheckpointError(f"{file.name} has no action statistics of {key!r}")
     return key, record[key]["action"]
-
-
-def published_sizes(shapes: Mapping[str, tuple[int, ...]], head: int = 128, vision_heads: int = 16) -> tuple[VisionConfig, TextConfig]:
-    """The network's sizes from the shapes of its tensors; head widths, which shapes do not tell, are those of every Qwen2.5-VL."""
-    text, vision = "qwen_vl_interface.model.model.language_model.", "qwen_vl_interface.model.model.visual."
-
-    def count(prefix: str) -> int:
-        return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix))
-
-    vocab, hidden = shapes[text + "embed_tokens.weight"]
-    layer, block = text + "layers.0.", vision + "blocks.0."
-    return (
-        VisionConfig(
-            depth=count(vision + "blocks."),
-            hidden=shapes[block + "norm1.weight"][0],
-            heads=vision_heads,
-            mlp=shapes[block + "mlp.up_proj.weight"][0],
-            out=hidden,
-        ),
-        TextConfig(
-            vocab=vocab,
-            layers=count(text + "layers."),
-            hidden=hidden,
-            heads=shapes[layer + "self_attn.q_proj.weight"][0] // head,
-            kv_heads=shapes[layer + "self_attn.k_proj.weight"][0] // head,
-            head=head,
-            mlp=shapes[layer + "mlp.up_proj.weight"][0],
-        ),
-    )

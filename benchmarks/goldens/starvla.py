@@ -13,7 +13,7 @@ from vlahub import hub
 from vlahub.interface import ADAPTERS, Camera, Field, Interface
 from vlahub_policies import starvla
 from vlahub_policies.parts import pillow, qwen_text
-from vlahub_policies.parts.qwen_vl import VisionConfig, patchify, positions_of, read_config
+from vlahub_policies.parts.qwen_vl import VisionConfig, patchify, positions_of, read_config, sizes_of
 from vlahub_policies.starvla import ActionCodec, QwenOFTPolicy, checkpoint_name
 
 LIBERO = Interface(
@@ -174,7 +174,9 @@ def actions(golden: Golden) -> Iterator[Check]:
 
 def manifest(golden: Golden) -> Iterator[Check]:
     with torch.device("meta"):
-        vision, text = starvla.published_sizes({name: tuple(entry["shape"]) for name, entry in golden.meta.items()})
+        vision, text = sizes_of(
+            {name: tuple(entry["shape"]) for name, entry in golden.meta.items()}, starvla.PREFIX + "visual.", starvla.PREFIX + "language_model."
+        )
         dim = golden.meta["action_model.model.fc2.weight"]["shape"][0]
         fields = replace(LIBERO, action=(Field("arm", dim, "1"),))
         unit = ActionCodec((-1.0,) * dim, (1.0,) * dim, (True,) * dim, (None,) * dim, (None,) * dim)

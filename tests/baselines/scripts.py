@@ -11,8 +11,11 @@ def launch(baseline: str, *torchrun: str, **options) -> subprocess.CompletedProc
     """Run a baseline with the test world and policies registered. With words for torchrun, under it."""
     words = []
     for name, value in options.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun] if torchrun else [sys.executable]
     return subprocess.run([*launcher, "tests/baselines/launch.py", baseline, *words], capture_output=True, text=True, timeout=300, env=HERE)
 

@@ -165,7 +165,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_help_explains_every_argument():
-    shown = subprocess.run([sys.executable, "baselines/ppo.py", "--help"], capture_output=True, text=True, timeout=60, env=HERE).stdout
+    shown = subprocess.run([sys.executable, "baselines/ppo.py", "--help"], capture_output=True, text=True, timeout=240, env=HERE).stdout
     assert "probability ratio per chunk" in shown and "torchrun" in shown
 
 

@@ -17,6 +17,7 @@ from vlahub_policies import lingbot
 from vlahub_policies.lingbot import LAYOUTS, Joints, LingBotPolicy
 from vlahub_policies.parts import flow, robots
 from vlahub_policies.parts.normalize import Moments, Statistics
+from vlahub_policies.parts.qwen_vl import TextConfig, VisionConfig
 
 ROBOT = robots.ROBOTWIN
 SEEDS = torch.tensor([[1, 0], [2, 0], [3, 8]])
@@ -181,7 +182,7 @@ def test_gripper_channels_count_in_the_loss():
     """The unified layout has its grippers at 14 and 15: a loss over the first 14 channels would never train them."""
     policy = checkpoint()
     policy.sft_loss({**looks(), "actions": np.zeros((3, 6, 14), np.float32)}, SEEDS).backward()
-    used = policy.model.action_out_proj.bias.grad.nonzero().flatten().tolist()
+    used = policy.model.action_out_proj.weight.grad.abs().sum(1).nonzero().flatten().tolist()
     assert used == [*range(12), 14, 15]
 
 
@@ -248,6 +249,12 @@ def test_long_instructions_are_cut_with_a_word():
         policy.act({**looks(count=1), "task_descriptions": ["put the shoe on the mat with the left arm and move back"]})
 
 
+def test_a_tiny_policy_has_room_for_the_sentences_of_robotwin():
+    policy = LingBotPolicy.tiny(robots.LIBERO)
+    sentence = "With the right arm, tap the top of the reception bell with a silver dome and a black base on the desk."
+    assert len(policy.tokenizer.encode(lingbot.prompt(sentence)).ids) <= policy.config.max_text
+
+
 def test_two_fingers_meet_a_single_gripper_as_their_mean():
     adapter = interfaces.ADAPTERS["mean_of_two_fingers"]
     state = np.array([0, 1, 2, 3, 4, 5, 0.04, -0.03], np.float32)
@@ -297,6 +304,17 @@ def test_the_base_beside_the_model_is_found(base, tmp_path):
     released(tmp_path / "model")
     (tmp_path / "Qwen2.5-VL-3B-Instruct").symlink_to(base)
     assert isinstance(Policy.from_pretrained(tmp_path / "model"), LingBotPolicy)
+
+
+def test_a_tokenizer_beside_the_weights_is_enough_for_the_sizes_that_are_published(tmp_path):
+    """hf_ckpt folders hold the tokenizer, but their config.json is the policy's own and says nothing of Qwen."""
+    wide = TextConfig(512, 2, 256, 2, 1, 128, 64)
+    made = checkpoint(text=wide, vision=VisionConfig(2, 64, 16, 48, out=256, full_attention=(7, 15, 23, 31)), image_size=(224, 224))
+    folder = layouts.lingbot_folder(tmp_path / "hf_ckpt", made, tokenizer_path="/nowhere/Qwen2.5-VL-3B-Instruct", statistics=file_statistics())
+    (folder / "tokenizer.json").write_bytes(made.side_files()["tokenizer.json"])
+    loaded = Policy.from_pretrained(folder, dtype=torch.float32)
+    assert loaded.config.text == replace(wide, rope_base=1e6, rope_sections=(16, 24, 24)) and loaded.config.vision == made.config.vision
+    assert np.allclose(loaded.act(looks()), made.act(looks()), atol=1e-5)
 
 
 def test_missing_pieces_are_named(base, tmp_path):

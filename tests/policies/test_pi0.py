@@ -194,6 +194,17 @@ def test_bfloat16_gap_is_small():
     assert (alone.log_prob - sample.log_prob[:1]).abs().max() < 0.5
 
 
+def test_autocast_repeats_and_spares_the_flow_heads():
+    policy = tiny(value_head=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = policy.sample(published.observation(), SEEDS)
+        evaluation = policy.evaluate(sample.trace)
+        velocity = policy.velocity(torch.ones(1, 10, 96))
+    torch.testing.assert_close(evaluation.log_prob, sample.log_prob, atol=1e-5, rtol=0)
+    assert sample.log_prob.dtype == sample.actions.dtype == torch.float32
+    assert torch.equal(velocity, policy.velocity(torch.ones(1, 10, 96)))
+
+
 def test_kept_prefix_saves_the_prefix_pass():
     policy = tiny(keep_prefix=True, train_expert_only=True, value_head=True, value_from="prefix", detach_critic_input=False)
     sample = policy.sample(published.observation(), SEEDS)

@@ -19,7 +19,8 @@ class Captured:
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        casts = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        shapes = (casts, *((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
         if shapes not in self._graphs:
             while len(self._graphs) >= KEPT:
                 self._graphs.pop(next(iter(self._graphs)))
@@ -32,6 +33,15 @@ class Captured:
 
     def _capture(self, inputs: Mapping[str, torch.Tensor]) -> tuple:
         given = {name: tensor.clone() for name, tensor in inputs.items()}
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a cast kept from outside the graph would go stale when the weights change
+        torch.clear_autocast_cache()
+        try:
+            return self._record(given)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _record(self, given: dict[str, torch.Tensor]) -> tuple:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside the graph: libraries choose their kernels, compilation happens

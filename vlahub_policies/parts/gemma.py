@@ -223,6 +223,11 @@ class GemmaLayer(nn.Module):
         normed, gate = self.post_attention_layernorm(x, after)
         return _residual(x, self.mlp(normed), gate), own
 
+    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> KeysValues:
+        """The keys and values alone, which are all that is needed of a last layer whose output nobody reads."""
+        _, k, v = self.self_attn.project(self.input_layernorm(x)[0])
+        return rotate(k, cos, sin), v.contiguous()
+
 
 def _residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     return x + (update if gate is None else gate * update)
@@ -251,11 +256,14 @@ class Gemma(nn.Module):
         past: list[KeysValues] | None = None,
         modulations: list[torch.Tensor] | None = None,
         through=None,
-    ) -> tuple[torch.Tensor, list[KeysValues]]:
-        """(output after the final norm [B, S, width], the layers' own keys and values)"""
+        wanted: bool = True,
+    ) -> tuple[torch.Tensor | None, list[KeysValues]]:
+        """(output after the final norm [B, S, width], the layers' own keys and values); without the output if it is not wanted, which saves most of the last layer"""
         x = x.to(self.layers[0].mlp.down_proj.weight.dtype)
         kept = []
         for i, layer in enumerate(self.layers):
+            if not wanted and i == len(self.layers) - 1:
+                return None, [*kept, layer.keys_values(x, *turn)]
             before, after = (None, None) if modulations is None else modulations[2 * i : 2 * i + 2]
             inputs = (x, *turn, bias, None if past is None else past[i], before, after)
             x, own = through(layer, *inputs) if through else layer(*inputs)

@@ -50,7 +50,7 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(total, (BM, 2, BN)), (0, 2, 1)))
 
 
-@triton.autotune(_tiles((16, 128, 4, 4), (16, 128, 8, 3), (16, 64, 4, 5), (16, 256, 8, 2), (32, 128, 8, 3)), key=["K"])
+@triton.autotune(_tiles((16, 128, 4, 4), (16, 128, 8, 3), (16, 64, 4, 5)), key=["K"])
 @triton.jit
 def _norm_qkv(x, norm, shift, weights, cos, sin, q, k, v, M, K: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     """Norm, the q / k / v product, and the rotation of q and k. One program: BN columns of a head's first half and their partners in its second half."""
@@ -78,7 +78,7 @@ def _norm_qkv(x, norm, shift, weights, cos, sin, q, k, v, M, K: tl.constexpr, HE
     tl.store(out + HALF, b.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(_tiles((32, 128, 4, 3), (32, 128, 8, 3), (16, 128, 4, 4), (32, 64, 4, 4), (16, 256, 8, 2)), key=["K", "N"])
+@triton.autotune(_tiles((32, 128, 8, 3), (32, 64, 4, 4), (16, 128, 4, 4)), key=["K", "N"])
 @triton.jit
 def _norm_gate_up(x, norm, shift, weights, out, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     """Norm, both products of the gated MLP, and the gate: gelu(gate) * up."""
@@ -91,7 +91,7 @@ def _norm_gate_up(x, norm, shift, weights, out, M, K: tl.constexpr, N: tl.conste
     tl.store(out + rows[:, None] * N + columns[None, :], (gate * up).to(out.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
-@triton.autotune(_tiles((16, 256, 4, 3), (16, 128, 4, 5), (16, 256, 8, 3), (16, 512, 8, 2), (32, 128, 4, 4), (32, 256, 8, 3)), key=["K", "N"])
+@triton.autotune(_tiles((16, 256, 4, 3), (16, 128, 4, 5), (16, 512, 8, 2), (32, 256, 8, 3)), key=["K", "N"])
 @triton.jit
 def _add_product(x, weights, residual, gate, out, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
     """residual + gate * (x by weights)"""

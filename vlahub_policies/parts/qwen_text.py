@@ -89,38 +89,32 @@ def token(tokenizer: Tokenizer, text: str, folder: Path | str = "this tokenizer"
     return ids[0]
 
 
-def find_base(reference: str, near: Path, chosen: str | Path | None = None, allow_download: bool = True) -> Path:
-    """The base model's folder, of which only tokenizer and config.json are needed.
+def find_base(reference: str, near: Path, chosen: str | Path | None = None) -> Path:
+    """The base model's folder, of which only the tokenizer and config.json are needed.
 
     `reference` is what a training run wrote down, mostly a path of the machine that trained. Looked for in this order: `chosen` (the user's word), the path
-    itself, the same path or its last part in `near` and up to three folders above it, and the repository on the hub that carries the last part's name.
+    itself, the same path or its last part in `near` and up to three folders above it, `near` itself, and the repository of that name on the hub.
     """
     if chosen is not None:
-        if Path(chosen).is_dir():
-            return _with_files(Path(chosen))
-        return _from_hub(str(chosen), f"base_vlm={str(chosen)!r} is no folder; as a hub id:")
+        if not Path(chosen).expanduser().is_dir():
+            return _from_hub(str(chosen), f"base_vlm={str(chosen)!r} is no folder; as a hub id:")
+        if not _has_tokenizer(Path(chosen).expanduser()):
+            raise hub.CheckpointError(f"{chosen} has neither {TOKENIZER} nor vocab.json; it is no base model")
+        return Path(chosen).expanduser()
     name = Path(reference).name
-    places = [
-        Path(reference),
-        *(place / part for place in (near, *list(near.resolve().parents)[:3]) for part in ((reference, name) if name else ()) if not Path(part).is_absolute()),
-    ]
-    for place in places:
-        if place.is_dir() and any((place / file).exists() for file in (TOKENIZER, "vocab.json")):
-            return place
-    if (near / TOKENIZER).exists() or (near / "vocab.json").exists():
-        return near
+    parts = [name] if Path(reference).is_absolute() else [reference, name]
+    places = [Path(reference), *(place / part for place in (near, *list(near.resolve().parents)[:3]) for part in parts), near]
+    found = next((place for place in places if _has_tokenizer(place)), None)
+    if found is not None:
+        return found
     tried = ", ".join(str(place) for place in places)
+    repository = reference if reference.count("/") == 1 and not reference.startswith((".", "/")) else f"Qwen/{name}"
     hint = f"the base model {reference!r} was not found (looked at {tried}); pass base_vlm= with a folder that holds its {TOKENIZER} and config.json. From the hub:"
-    repository = reference if reference.count("/") == 1 and not reference.startswith(".") else f"Qwen/{name}"
-    if not allow_download:
-        raise FileNotFoundError(hint.removesuffix(" From the hub:"))
     return _from_hub(repository, hint)
 
 
-def _with_files(folder: Path) -> Path:
-    if not any((folder / file).exists() for file in (TOKENIZER, "vocab.json")):
-        raise hub.CheckpointError(f"{folder} has neither {TOKENIZER} nor vocab.json; it is no base model")
-    return folder
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / TOKENIZER).is_file() or (folder / "vocab.json").is_file()
 
 
 def _from_hub(repository: str, hint: str) -> Path:

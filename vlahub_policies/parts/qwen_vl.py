@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlahub.hub import CheckpointError
+from vlahub.hub import CheckpointError, read_json
 from vlahub_policies.parts.packing import joined, lay_out, widen
 
 
@@ -97,6 +98,30 @@ def read_config(record: Mapping[str, Any]) -> tuple[VisionConfig, TextConfig]:
             rope_base=float(text.get("rope_theta") or rope["rope_theta"]),
             rope_sections=tuple(rope["mrope_section"]),
         ),
+    )
+
+
+def sizes_of(shapes: Mapping[str, tuple[int, ...]], vision: str, text: str, base: Path | None = None) -> tuple[VisionConfig, TextConfig]:
+    """The sizes of a checkpoint whose tensor names begin with `vision` and `text`: from the base model's config.json, or, where there is none, from the shapes.
+
+    Shapes do not tell the width of a head, the windows and the rotary base; those are then the ones that every published Qwen2.5-VL-3B and 7B has.
+    A `model_type` is what tells Qwen's config.json from a policy's own. The vocabulary is always the checkpoint's: some bases carry further tokens.
+    """
+    vocab, hidden = shapes[text + "embed_tokens.weight"]
+    record = read_json(base / "config.json") if base is not None and (base / "config.json").exists() else {}
+    if "model_type" in record:
+        sizes, words = read_config(record)
+        return sizes, replace(words, vocab=vocab)
+
+    def count(prefix: str) -> int:
+        return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix))
+
+    layer, block, head = text + "layers.0.", vision + "blocks.0.", TextConfig.head
+    width, inner = (shapes[block + name][0] for name in ("norm1.weight", "mlp.up_proj.weight"))
+    queries, keys, mlp = (shapes[layer + name][0] for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "mlp.up_proj.weight"))
+    return (
+        VisionConfig(depth=count(vision + "blocks."), hidden=width, mlp=inner, out=hidden),
+        TextConfig(vocab, count(text + "layers."), hidden, queries // head, keys // head, head, mlp),
     )
 
 

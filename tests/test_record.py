@@ -1,0 +1,198 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.mlp import MlpPolicy
+from tests.test_cli import call
+from tests.worlds import POINT, PointWorld
+from vlahub.dataset import Dataset
+from vlahub.evaluation import SettingsDiffer, episodes_of
+from vlahub.record import PURPOSE, record
+from vlahub.rollout import SeedStream
+
+ROOT = Path(__file__).resolve().parent.parent
+MANY_VIEWS = dataclasses.replace(POINT, kwargs={"size": 12, "wrists": 2, "extras": 1})
+
+
+class SlowToTheLeft:
+    """Three steps at a time, from what is seen."""
+
+    def __call__(self, observation):
+        pull = np.stack([-0.5 - 0.1 * observation["states"][:, 0], 0.3 * observation["states"][:, 1]], -1)
+        return np.repeat(pull[:, None], 3, axis=1).astype(np.float32)
+
+
+def steps_of(dataset: Dataset, entry) -> list[dict]:
+    return [dataset[frame] for frame in range(entry.start, entry.start + entry.length)]
+
+
+RUNS = [("expert", True), (SlowToTheLeft(), False), ("random", False), (MlpPolicy.tiny(PointWorld().interface, horizon=3), False)]
+
+
+@pytest.mark.parametrize(("policy", "only"), RUNS, ids=["expert", "a function", "random", "a policy"])
+def test_each_row_is_an_observation_and_the_action_after_it(tmp_path, policy, only):
+    """Run the recorded actions again, one at a time: every picture, state and reward is the recorded one."""
+    result = record(MANY_VIEWS, policy, 5, tmp_path, num_envs=2, seed=3, only_successes=only, max_steps=14, progress=False)
+    dataset = Dataset(tmp_path)
+    assert result.written == len(dataset.episodes) and (only or result.written == 5)
+    world = PointWorld(**MANY_VIEWS.kwargs)
+    lines = [line for line in result.lines if line.episode is not None]
+    for line, entry in zip(lines, dataset.episodes, strict=True):
+        world.reset(line.seed, {"task": line.task})  # a world without numbered trials: the seed makes them
+        table = pq.read_table(entry.file)
+        for i, row in enumerate(steps_of(dataset, entry)):
+            seen = world.observe()
+            assert all(np.array_equal(row[key], value) for key, value in seen.items())
+            outcome = world.apply(row["actions"])
+            assert table["next.reward"][i].as_py() == outcome.reward[0] and table["next.success"][i].as_py() == outcome.success[0]
+        assert line.success == bool(outcome.success[0]) and line.instruction == seen["task_descriptions"] and entry.length == line.length
+    assert json.loads((tmp_path / "meta/stats.json").read_text())["action"] == dataset.statistics["actions"]
+
+
+def test_the_episodes_are_those_of_an_evaluation_with_seeds_of_their_own(tmp_path):
+    result = record(POINT, "random", 4, tmp_path, seed=7, max_steps=2, only_successes=False, progress=False)
+    wanted = episodes_of(4, 7, 3, 3, PURPOSE)
+    assert [(line.task, line.trial, line.seed) for line in result.lines] == [(episode.task, episode.trial, episode.seed) for episode in wanted]
+    other = {episode.seed for episode in episodes_of(9, 7, 3, 3)} | {SeedStream(7, [env]).next(0) for env in range(9)}
+    assert not {line.seed for line in result.lines} & other
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("policy", ["expert", "random"])
+def test_the_dataset_does_not_depend_on_the_number_of_environments(tmp_path, policy):
+    for envs in (1, 3):
+        record(POINT, policy, 7, tmp_path / str(envs), num_envs=envs, only_successes=False, max_steps=9, progress=False)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+
+
+def test_failures_are_listed_and_left_out_unless_asked_for(tmp_path, capsys):
+    small = ["record", "--env", "test/Point", "--policy", "random", "--episodes", "3", "--max-steps", "3", "--seed", "1", "--images", "jpeg"]
+    assert call(*small, "--out", str(tmp_path / "a")) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("not solved") >= 3 and f"0 of 3 episodes are in {tmp_path / 'a'} (0 solved)" in shown
+    assert call(*small, "--out", str(tmp_path / "b"), "--no-only-successes") == 0
+    assert len(Dataset(tmp_path / "b").episodes) == 3 and "3 of 3 episodes" in capsys.readouterr().out
+
+
+def test_a_longer_recording_extends_a_shorter_one(tmp_path):
+    first = record(POINT, "expert", 3, tmp_path, progress=False)
+    more = record(POINT, "expert", 6, tmp_path, num_envs=2, progress=False)
+    assert more.lines[:3] == first.lines and more.written == 6 == len(Dataset(tmp_path).episodes)
+    assert record(POINT, "expert", 6, tmp_path, progress=False).lines == more.lines
+    with pytest.raises(SettingsDiffer, match="3 of them beyond the 3 asked for"):
+        record(POINT, "expert", 3, tmp_path, progress=False)
+    with pytest.raises(SettingsDiffer, match="seed is 0 there, 1 here"):
+        record(POINT, "expert", 6, tmp_path, seed=1, progress=False)
+
+
+@pytest.mark.parametrize("cut", ["line", "episode"])
+def test_what_was_half_written_is_written_again(tmp_path, cut):
+    """Killed while the journal's line was written, or between that line and the episode: the dataset ends up as if nothing had happened."""
+    record(POINT, "expert", 5, tmp_path / "whole", progress=False)
+    record(POINT, "expert", 5, tmp_path / "cut", progress=False)
+    for name in ("recording.jsonl", "episodes.jsonl", "episodes_stats.jsonl"):
+        file = tmp_path / "cut/meta" / name
+        *lines, last = file.read_bytes().splitlines(keepends=True)
+        if name == "recording.jsonl":
+            lines.append(last[:20] if cut == "line" else last)
+        file.write_bytes(b"".join(lines))
+    record(POINT, "expert", 5, tmp_path / "cut", progress=False)
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "cut")
+
+
+def test_the_same_command_goes_on_after_kill_9(tmp_path):
+    code = """
+import tests.conftest
+from tests.worlds import POINT
+from vlahub.record import record
+import dataclasses, sys
+if __name__ == "__main__":
+    record(dataclasses.replace(POINT, kwargs={"cost": 0.02}), "expert", 12, sys.argv[1], num_envs=2, progress=False)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(script), str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    lines = out / "meta/episodes.jsonl"
+    while time.monotonic() < deadline and process.poll() is None and not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    before = lines.read_bytes().count(b"\n")
+    assert before >= 2
+    subprocess.run([sys.executable, str(script), str(out)], env=env, check=True, timeout=200)
+    record(POINT, "expert", 12, tmp_path / "whole", progress=False)
+    a, b = Dataset(out), Dataset(tmp_path / "whole")
+    assert len(a.episodes) == 12 and np.array_equal(a.actions, b.actions) and np.array_equal(a.states, b.states) and a.texts == b.texts
+
+
+def test_v3_is_made_at_the_end(tmp_path, capsys):
+    command = ["record", "--env", "test/Point", "--policy", "expert", "--episodes", "3", "--format", "v3.0", "--images", "video", "--out", str(tmp_path / "d")]
+    assert call(*command) == 0
+    dataset = Dataset(tmp_path / "d")
+    assert dataset.info["codebase_version"] == "v3.0" and len(dataset.episodes) == 3 and dataset[0]["main_images"].shape == (24, 24, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"], "the draft is gone"
+    before = files_of(tmp_path / "d")
+    assert call(*command) == 0 and files_of(tmp_path / "d") == before
+    command[command.index("3")] = "4"
+    capsys.readouterr()
+    assert call(*command) == 2 and "only v2.1 can be extended" in capsys.readouterr().err
+
+
+def test_a_lost_episode_runs_again_and_is_listed_if_it_is_lost_twice(tmp_path):
+    card = dataclasses.replace(POINT, simulation="tests.test_record:Cursed")
+    result = record(card, "expert", 6, tmp_path, num_envs=2, progress=False)
+    lost = [line for line in result.lines if line.aborted]
+    assert [(line.task, line.trial) for line in lost] == [(1, 0)] and "the world fell apart" in lost[0].aborted
+    assert result.written == 5 and lost[0].episode is None and "1 lost to a failing simulation" in str(result)
+
+
+class Cursed(PointWorld):
+    """Fails in the first trial of task 1, every time."""
+
+    def reset(self, seed, options):
+        info = super().reset(seed, options)
+        if seed == episodes_of(6, 0, 3, None, PURPOSE)[2].seed:
+            self.trouble_at, self.trouble = 1, "raise"
+        return info
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--episodes", "0"], "episodes and num_envs must be at least 1"),
+        (["--format", "v2.0"], "v2.1"),
+        (["--out", "/proc/nowhere"], "cannot write to the output folder /proc/nowhere"),
+        (["--env", "test/Piont"], "did you mean 'test/Point'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(arguments, words, tmp_path, capsys):
+    given = {"--env": "test/Point", "--policy": "expert", "--episodes": "2", "--out": str(tmp_path / "out")}
+    given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert call("record", *(word for pair in given.items() for word in pair)) == 2
+    error = "".join(capsys.readouterr())
+    assert words in error and "Traceback" not in error
+
+
+def test_somebody_elses_dataset_is_left_alone(tmp_path):
+    record(POINT, "expert", 1, tmp_path, progress=False)
+    (tmp_path / "meta/recording.json").unlink()
+    (tmp_path / "meta/recording.jsonl").unlink()
+    before = files_of(tmp_path)
+    with pytest.raises(SettingsDiffer, match="did not make"):
+        record(POINT, "expert", 1, tmp_path, progress=False)
+    assert files_of(tmp_path) == before

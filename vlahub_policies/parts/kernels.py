@@ -113,7 +113,8 @@ def _see(q, k, v, bias, token, start, end, offset, T, best, weight, total, D: tl
     block = tl.load(k + keys[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
     scores = tl.dot(q, tl.trans(block)) * scale
     scores += tl.load(bias + token[:, None] * T + (offset + keys)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-    scores = tl.where(inside[None, :], scores, float("-inf"))
+    # The mask's -2.4e38 times log2(e) overflows inside exp; at -1e38 a row that sees nothing comes out as the mean, as in the plain form.
+    scores = tl.where(inside[None, :], tl.maximum(scores, -1e38), float("-inf"))
     new = tl.maximum(best, tl.max(scores, 1))
     old = tl.exp(best - new)
     shares = tl.exp(scores - new[:, None])

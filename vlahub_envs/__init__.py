@@ -1,3 +1,4 @@
 """Environment families. Each folder holds one family: its simulation, its assets, its experts, its registration."""
 
-from vlahub_envs import robotwin as robotwin  # its import registers its ids
+from vlahub_envs import libero as libero  # their import registers their ids
+from vlahub_envs import robotwin as robotwin

@@ -37,7 +37,7 @@ def _register(name: str, summary: str, *envs: str, **options: str) -> None:
     register_policy(PolicyCard(id=name, family="openvla_oft", summary=summary, envs=envs, options=options, verified=VERIFIED))
 
 
-for suite, env in (("spatial", "Spatial"), ("object", "Object"), ("goal", "Goal"), ("10", "Long")):
+for suite, env in (("spatial", "Spatial"), ("object", "Object"), ("goal", "Goal"), ("10", "10")):
     _register(
         f"moojink/openvla-7b-oft-finetuned-libero-{suite}",
         f"supervised on LIBERO-{env}, L1 head, two cameras and state",
@@ -63,7 +63,7 @@ for suite, env in (("spatial", "Spatial"), ("object", "Object"), ("goal", "Goal"
 _register(
     "moojink/openvla-7b-oft-finetuned-libero-spatial-object-goal-10",
     "supervised on four LIBERO suites at once, L1 head; give unnorm_key='libero_<suite>_no_noops'",
-    "vlahub/LIBERO-Spatial", "vlahub/LIBERO-Object", "vlahub/LIBERO-Goal", "vlahub/LIBERO-Long",
+    "vlahub/LIBERO-Spatial", "vlahub/LIBERO-Object", "vlahub/LIBERO-Goal", "vlahub/LIBERO-10",
     recipe="libero_l1",
 )  # fmt: skip
 for tasks in ("90", "130"):

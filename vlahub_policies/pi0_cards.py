@@ -63,7 +63,7 @@ register_family(
     )
 )
 
-_LIBERO = ("vlahub/LIBERO-Spatial", "vlahub/LIBERO-Object", "vlahub/LIBERO-Goal", "vlahub/LIBERO-Long")
+_LIBERO = ("vlahub/LIBERO-Spatial", "vlahub/LIBERO-Object", "vlahub/LIBERO-Goal", "vlahub/LIBERO-10")
 _VERIFIED = "network, sampler, log-probabilities, text, pixels and actions equal to the original on small random weights; every tensor name and shape of the file; not run with its weights"
 for _id, _family, _summary, _envs, _options in (
     ("lerobot/pi0_base", "pi0", "the pre-trained pi0; needs fine-tuning, ships no statistics", (), {}),

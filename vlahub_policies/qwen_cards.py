@@ -34,7 +34,7 @@ register_policy(
         id="StarVLA/Qwen2.5-VL-OFT-LIBERO-4in1",
         family="starvla",
         summary="All four LIBERO suites, two cameras, chunk 8",
-        envs=("vlahub/LIBERO-Spatial", "vlahub/LIBERO-Object", "vlahub/LIBERO-Goal", "vlahub/LIBERO-Long"),
+        envs=("vlahub/LIBERO-Spatial", "vlahub/LIBERO-Object", "vlahub/LIBERO-Goal", "vlahub/LIBERO-10"),
         options={"unnorm_key": "franka"},
         verified="network, prompt, pixels and actions equal to the original on small random weights; every tensor name and shape of the file; not run with its weights",
     )

@@ -1,0 +1,84 @@
+"""Which assets LIBERO's scenes are built of: the official release if it is on this machine, else generated stand-ins. See `standins.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from vlahub_envs.libero import standins
+
+REPOSITORY = "lerobot/libero-assets"  # dataset on the Hugging Face hub, the tree of the GitHub repository
+FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+HOW_TO_GET = f"get it with `hf download {REPOSITORY} --repo-type dataset --local-dir DIR/libero` and set VLAHUB_ASSETS=DIR (or pass assets='DIR/libero')"
+
+
+def official_folders() -> list[Path]:
+    """Where the official release is looked for: `libero` in $VLAHUB_ASSETS or in ~/.cache/vlahub/assets, and the hub's cache."""
+    root = Path(os.environ.get("VLAHUB_ASSETS") or Path.home() / ".cache" / "vlahub" / "assets").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub").expanduser()
+    return [root / "libero", *sorted(hub.glob(f"datasets--{REPOSITORY.replace('/', '--')}/snapshots/*"))]
+
+
+def missing(folder: Path) -> list[str]:
+    """What of the release `folder` lacks, of all that the suites need."""
+    return [path for path in standins.files() if not path.startswith("textures/table_") and not _there(folder, path)]
+
+
+def _there(folder: Path, path: str) -> bool:
+    # textures lie elsewhere in the official tree; the scenes name them
+    return (folder / "textures").is_dir() if path.startswith("textures/") else (folder / path).is_file()
+
+
+def find(assets: str | os.PathLike) -> tuple[str, Path]:
+    """("official" | "stand-in", folder). One set serves the whole scene: the two are never mixed.
+
+    Args:
+        assets: "auto" (the official release if it is complete, else stand-ins), "official", "stand-in", or the folder of the official release.
+    """
+    if assets == "stand-in":
+        return "stand-in", write_standins()
+    chosen = official_folders() if assets in ("auto", "official") else [Path(assets).expanduser()]
+    for folder in chosen:
+        if folder.is_dir() and not missing(folder):
+            return "official", folder.resolve()
+    if assets == "auto":
+        return "stand-in", write_standins()
+    if assets != "official" and not chosen[0].is_dir():
+        raise FileNotFoundError(
+            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release: {HOW_TO_GET}"
+        )
+    where = {str(folder): missing(folder) for folder in chosen if folder.is_dir()}
+    found = "; ".join(f"{folder} lacks {', '.join(gone[:4])}{' ...' if len(gone) > 4 else ''}" for folder, gone in where.items())
+    raise FileNotFoundError(f"LIBERO's official assets are not complete on this machine ({found or f'{chosen[0]} does not exist'}); {HOW_TO_GET}")
+
+
+@cache
+def write_standins() -> Path:
+    """The stand-ins as files, because `libero` opens them by path. Their folder is named after their content, in the system's folder for temporary files:
+    it needs no home, workers share it, and it is never stale."""
+    pack = standins.files()
+    digest = hashlib.sha256()
+    for path, content in sorted(pack.items()):
+        digest.update(path.encode() + b"\0" + content)
+    folder = Path(tempfile.gettempdir()) / f"vlahub-libero-{os.getuid()}-{digest.hexdigest()[:16]}"
+    if not _holds(folder, pack):
+        # write beside it and rename: another process may be doing the same
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as work:
+            for path, content in pack.items():
+                file = Path(work, "pack", path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            try:
+                Path(work, "pack").rename(folder)
+            except OSError:
+                if not _holds(folder, pack):
+                    raise FileExistsError(f"{folder} exists, but does not hold LIBERO's stand-ins as generated; delete it") from None
+    return folder
+
+
+def _holds(folder: Path, pack: dict[str, bytes]) -> bool:
+    """Is the pack in `folder`, unchanged? What lies in a shared temporary folder is not taken on trust."""
+    return folder.is_dir() and all((folder / path).is_file() and (folder / path).read_bytes() == content for path, content in pack.items())

@@ -1,0 +1,221 @@
+"""One LIBERO task, compiled: start an episode, run control steps, remember what the cameras see, and draw it when asked."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from vlahub_envs.libero import upstream
+from vlahub_envs.libero.upstream import LiberoTask
+
+CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> the model's
+# all of MjData that drawing reads
+SEEN = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+MAX_PLACEMENTS = 100  # rejection sampling of start poses fails once in a while; so often only if a region is too small
+
+
+class Scene:
+    """The stock environment of one task, without its renderer and observables, which this class replaces."""
+
+    def __init__(self, task: LiberoTask, assets: Path, size: tuple[int, int], people_size: tuple[int, int]):
+        libero = upstream.load()
+        from libero.libero.envs import bddl_utils
+
+        from vlahub_envs.libero.control import Controller  # imports robosuite, which must be prepared first
+
+        libero.libero._assets_path_cache = str(assets)  # where libero looks first
+        domain = libero.domains[bddl_utils.get_problem_info(str(task.bddl))["problem_name"]]
+        with _own_randomness(0):  # construction places objects once
+            self.env = domain(
+                str(task.bddl),
+                robots=["Panda"],
+                controller_configs=libero.robosuite.load_controller_config(default_controller="OSC_POSE"),
+                gripper_types="default",
+                initialization_noise=None,
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                hard_reset=False,
+            )
+        _free_what_compiling_left()
+        self.task, self.size, self.people_size = task, size, people_size
+        self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
+        self.states = upstream.initial_states(task.init)
+        width = 1 + self.model.nq + self.model.nv
+        if self.states.shape[1] != width:
+            raise RuntimeError(f"{task.name}: an initial state has {self.states.shape[1]} numbers, but the model of these assets needs {width}")
+        self.compiled = {name: getattr(self.model, name).copy() for name in ("body_pos", "body_quat", "site_rgba")}
+        self.controller = Controller(self.env)
+        robot = self.env.robots[0]
+        self.hand = self.model.body(robot.robot_model.eef_name).id
+        self.fingers = robot._ref_gripper_joint_pos_indexes
+        self.shown = mujoco.MjData(self.model)  # the world as last sampled
+        self.pairs = [(getattr(self.shown, name), getattr(self.data, name)) for name in SEEN]
+        self.burner = self.model.site_rgba.copy()
+        self.state = np.zeros(8, np.float32)
+        self.painter: Painter | None = None
+
+    def reset(self, seed: int, trial: int, settle: int, settle_grip: float) -> None:
+        """Initial state `trial`; the seed places what is not part of it, the fixtures. Then `settle` steps that nobody sees.
+
+        The same as a stock environment that is freshly built, seeded, reset and set to the state, without building it.
+        """
+        from robosuite.utils.errors import RandomizationError
+
+        from vlahub_envs.libero.control import SampleClock
+
+        env = self.env
+        with _own_randomness(seed):
+            for _ in range(MAX_PLACEMENTS):
+                # objects are placed relative to regions of fixtures, which robosuite expects where the model was compiled
+                for name, values in self.compiled.items():
+                    getattr(self.model, name)[:] = values
+                mujoco.mj_resetData(self.model, self.data)
+                env.robots[0].gripper.current_action = np.zeros(env.robots[0].gripper.dof)  # else the last episode's grip would linger
+                try:
+                    env._reset_internal()
+                    break
+                except RandomizationError:
+                    continue
+            else:
+                raise RuntimeError(f"{self.task.name}: no free place for its objects was found in {MAX_PLACEMENTS} attempts")
+        mujoco.mj_forward(self.model, self.data)
+        env.visualize(vis_settings={name: False for name in env._visualizations})
+        self.controller.reset()
+        row = self.states[trial]
+        self.data.time, self.data.qpos[:], self.data.qvel[:] = row[0], row[1 : 1 + self.model.nq], row[1 + self.model.nq :]
+        mujoco.mj_forward(self.model, self.data)
+        env._check_success()
+        env._post_process()
+        self.clock = SampleClock()
+        self._sample()
+        pause = np.array([0.0] * 6 + [settle_grip])
+        for _ in range(settle):
+            self.step(pause)
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step. -> is the task solved?"""
+        self.controller.step(action, self._look)
+        solved = bool(self.env._check_success())
+        self.env._post_process()
+        return solved
+
+    def _look(self) -> None:
+        if self.clock.tick():
+            self._sample()
+
+    def _sample(self) -> None:
+        """Keep what robosuite's observables would read at this moment; pictures are drawn from it later, if at all."""
+        for kept, present in self.pairs:
+            kept[:] = present
+        self.burner[:] = self.model.site_rgba
+        self.state = np.concatenate([self.data.site_xpos[self.controller.site], axis_angle(self.data.xquat[self.hand]), self.data.qpos[self.fingers]])
+
+    def picture(self, camera: str, size: tuple[int, int]) -> np.ndarray:
+        """[H, W, 3] uint8 as OpenGL has it: the bottom row first."""
+        if self.painter is None:
+            self.painter = Painter(self.model, self.size, self.people_size)
+        return self.painter.draw(self.shown, self.burner, CAMERAS[camera], size)
+
+    def close(self) -> None:
+        if self.painter is not None:
+            self.painter.close()
+            self.painter = None
+
+
+def _free_what_compiling_left() -> None:
+    """Meshes and textures, which MuJoCo keeps in case they are compiled again, and the heap that compiling leaves behind."""
+    mujoco.mj_clearCache(mujoco.mj_getCache())
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
+def axis_angle(wxyz: np.ndarray) -> np.ndarray:
+    """Rotation vector [3] of a quaternion, as the published policies' training data have it: angles from 0 to 2 pi, no choice of sign."""
+    w = min(max(wxyz[0], -1.0), 1.0)
+    sine = np.sqrt(1.0 - w * w)
+    if np.isclose(sine, 0.0):
+        return np.zeros(3)
+    return wxyz[1:] * (2.0 * np.arccos(w) / sine)
+
+
+class _own_randomness:
+    """robosuite draws from numpy's global generator: seed it inside, and give it back as it was."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.before = np.random.get_state()
+        np.random.seed(self.seed)
+
+    def __exit__(self, *_: Any) -> None:
+        np.random.set_state(self.before)
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+@cache
+def _gl_context(process: int) -> Any:
+    """One OpenGL context for each process: a context does not survive a fork, and different models can share it."""
+    backend = upstream.choose_gl()
+    try:
+        if backend == "egl":
+            from mujoco.egl import GLContext
+        else:
+            from mujoco.osmesa import GLContext
+        context = GLContext(640, 480)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        other = "osmesa" if backend == "egl" else "egl"
+        raise RuntimeError(
+            f"no OpenGL context through {backend} ({error}); set MUJOCO_GL={other} before the program starts, or install Mesa "
+            "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6)"
+        ) from error
+    atexit.register(context.free)  # later, while the interpreter ends, EGL is gone already and complains
+    return context
+
+
+class Painter:
+    """What OpenGL holds of one model, set up as robosuite does: visual geoms only, a buffer of at least 640 x 480, at most 1000 geoms."""
+
+    def __init__(self, model: mujoco.MjModel, *sizes: tuple[int, int]):
+        self.model = model
+        model.vis.global_.offwidth = max(640, *(width for _, width in sizes))
+        model.vis.global_.offheight = max(480, *(height for height, _ in sizes))
+        self.gl = _gl_context(os.getpid())
+        self.gl.make_current()
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        if self.context.currentBuffer != mujoco.mjtFramebuffer.mjFB_OFFSCREEN:
+            raise RuntimeError("OpenGL offers no off-screen buffer; try MUJOCO_GL=osmesa")
+        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        self.options, self.pull, self.camera = mujoco.MjvOption(), mujoco.MjvPerturb(), mujoco.MjvCamera()
+        self.options.geomgroup[0], self.options.geomgroup[1] = 0, 1
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+
+    def draw(self, data: mujoco.MjData, site_rgba: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
+        height, width = size
+        self.gl.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)  # another model's buffer may be bound
+        self.camera.fixedcamid = self.model.camera(camera).id
+        present = self.model.site_rgba.copy()
+        self.model.site_rgba[:] = site_rgba
+        mujoco.mjv_updateScene(self.model, data, self.options, self.pull, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene)
+        self.model.site_rgba[:] = present
+        viewport = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(viewport, self.scene, self.context)
+        image = np.empty((height, width, 3), np.uint8)
+        mujoco.mjr_readPixels(image, None, viewport, self.context)
+        return image
+
+    def close(self) -> None:
+        self.gl.make_current()
+        self.context.free()

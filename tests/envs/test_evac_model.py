@@ -11,6 +11,7 @@ from vlahub_envs.evac import checkpoint
 from vlahub_envs.evac.clip import clip_pixels
 from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
+from vlahub_envs.evac.unet import GroupNorm
 
 MEMORY = CONFIG.memory
 
@@ -173,3 +174,18 @@ def test_guidance_of_one_changes_nothing_but_the_scale():
     torch.testing.assert_close(guided(v, u, 1.0), v)
     pushed = guided(v, u, 7.5, rescale=1.0)
     torch.testing.assert_close(pushed.std(dim=(1, 2, 3, 4)), v.std(dim=(1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("side", [1, 4])
+def test_norms_are_exact_where_a_picture_is_flat(side):
+    """Two nearly equal numbers per group: a variance computed as the difference of two large sums would be noise. Also for pictures of one pixel, on two threads."""
+    torch.manual_seed(0)
+    norm, before = GroupNorm(64, eps=1e-6), torch.get_num_threads()
+    x = torch.empty_strided((14, 64, side, side), (64 * side * side, 1, 64 * side, 64))  # as a channels-last convolution leaves it
+    x.copy_(10 + 1e-3 * torch.randn(14, 64, side, side))
+    try:
+        torch.set_num_threads(2)
+        error = (norm(x) - norm.double()(x.double())).abs().max()
+    finally:
+        torch.set_num_threads(before)
+    assert error < 1e-3

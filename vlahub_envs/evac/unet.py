@@ -46,13 +46,15 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's CPU kernel for channels-last input subtracts two large sums and loses three digits on flat pictures; the one for contiguous input does not."""
+    """PyTorch's CPU kernel for channels-last input subtracts two large sums and loses three digits on flat pictures; the one for contiguous input does not.
+
+    Pictures of one pixel count as both, so the pixels are laid in one row, which has no channels-last form."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__(32, channels, eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+        return super().forward(x.flatten(2)).view_as(x) if x.device.type == "cpu" else super().forward(x)
 
 
 class Attention(nn.Module):

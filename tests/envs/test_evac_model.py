@@ -188,4 +188,4 @@ def test_norms_are_exact_where_a_picture_is_flat(side):
         error = (norm(x) - norm.double()(x.double())).abs().max()
     finally:
         torch.set_num_threads(before)
-    assert error < 1e-3
+    assert error < 5e-3  # mean / std is 1e4, so rounding alone gives 1e-3

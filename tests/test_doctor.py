@@ -125,6 +125,8 @@ def test_folders_that_cannot_be_written_are_named():
 def test_mujoco_draws_through_osmesa_where_egl_does_not_work(registered, monkeypatch):
     pytest.importorskip("mujoco", reason="the renderer under test")
     registered(needing("mujoco"))
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):  # a LIBERO world in this process may have chosen one
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nothing")  # EGL finds no driver
     found = dict(doctor.checks())
     assert found["gl"]().status == "FAIL"

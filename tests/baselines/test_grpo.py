@@ -187,8 +187,8 @@ def test_an_iteration_without_a_kept_group_learns_nothing_and_goes_on(tmp_path):
 def test_learns_to_reach(tmp_path, head):
     """From chance to reaching the target most of the time, with every kind of head."""
     script(
-        tmp_path, name=head, policy=f"tiny:test-mlp-{head}", num_groups=8, group_size=8, total_iterations=60, num_minibatches=4, update_epochs=4, learning_rate=3e-3, target_kl=0.0, max_steps=12,
-        save_every=0, eval_every=60, eval_episodes=60, clip_high=0.28,
+        tmp_path, name=head, policy=f"tiny:test-mlp-{head}", num_groups=8, group_size=8, total_iterations=90, num_minibatches=4, update_epochs=4, learning_rate=3e-3, target_kl=0.0, max_steps=12,
+        save_every=0, eval_every=90, eval_episodes=60, clip_high=0.28,
     )  # fmt: skip
-    first, last = (json.loads((tmp_path / head / "eval" / number / "results.json").read_text())["success_rate"] for number in ("000000", "000060"))
+    first, last = (json.loads((tmp_path / head / "eval" / number / "results.json").read_text())["success_rate"] for number in ("000000", "000090"))
     assert first < 0.35 and last > 0.7, (first, last)

@@ -46,7 +46,8 @@ def test_two_ranks_see_what_one_sees_and_the_losses_add_up(real, tmp_path):
     one, two = (curves(tmp_path / name, *LOSSES) for name in ("one", "two"))
     assert len(one) == 2 and all(row["train/sft_loss"] > 0 for row in one)
     for a, b in zip(one, two, strict=True):
-        assert all(a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-4 if name == "train/loss_ratio" else 0) for name in a), (a, b)
+        # the ratio divides by a loss near zero; it follows from the two losses, as the last line says
+        assert all(a[name] == pytest.approx(b[name], abs=1e-5) for name in a if name != "train/loss_ratio"), (a, b)
         assert a["actor/total_loss"] == pytest.approx(a["train/ppo_loss"] + 0.2 * a["train/sft_loss"], abs=1e-6)
         assert a["train/loss_ratio"] == pytest.approx(0.2 * a["train/sft_loss"] / abs(a["train/ppo_loss"]), rel=1e-4)
 

@@ -212,7 +212,8 @@ def evaluate(
 
     env = _registered(env)  # a wrong id is cheap to find before the weights are loaded
     given = key_values("env-options", env_options)
-    player = _load_policy(policy, device, dtype, key_values("policy-options", policy_options))
+    loaded_with = key_values("policy-options", policy_options)
+    player = _load_policy(policy, device, dtype, loaded_with)
     out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
     results = evaluation.evaluate(
         env,
@@ -227,7 +228,7 @@ def evaluate(
         videos=video_episodes or videos,
         env_options=given,
         policy_name=policy,
-        policy_options=key_values("policy-options", policy_options),
+        policy_options=loaded_with,
         command="vlahub " + shlex.join(sys.argv[1:]),
         progress=True,
     )

@@ -369,6 +369,8 @@ class Config:
     num_steps: int = 10  # of sample and evaluate
     noise_level: float = 0.7
     joint_logprob: bool = False
+    noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.95 keeps paths smooth where a chunk is one motion
     value_head: bool = False
     value_hidden: tuple[int, ...] = (512, 256, 128)
 
@@ -398,7 +400,7 @@ class Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob)
+        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
 
 
 class LingBotPolicy(Policy):

@@ -69,6 +69,8 @@ class Pi0Config:
     num_steps: int = 4  # of sample and evaluate
     noise_level: float = 0.5
     joint_logprob: bool = False
+    noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.95 keeps paths smooth where a chunk is one motion
     noise_range: tuple[float, float] = (0.08, 0.16)  # bounds of flow_noise's standard deviation
     value_head: bool = False
     value_from: Literal["actions", "prefix"] = "actions"  # the critic looks at the expert's action tokens, or at the language model's output
@@ -110,7 +112,7 @@ class Pi0Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob)
+        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:

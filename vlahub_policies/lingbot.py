@@ -370,7 +370,7 @@ class Config:
     noise_level: float = 0.7
     joint_logprob: bool = False
     noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
-    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.95 keeps paths smooth where a chunk is one motion
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.9 keeps paths smooth where a chunk is one motion
     value_head: bool = False
     value_hidden: tuple[int, ...] = (512, 256, 128)
 

@@ -285,18 +285,25 @@ def any_rank(flag: bool) -> bool:
 # ------------------------------------------------------------------------------------------------ weights over all ranks
 
 
+BUCKET = 2**27  # numbers that are copied and reduced at once: few large messages, and no second copy of all gradients in memory
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Mean of the gradients over all ranks, in place: data parallelism for a model that every rank holds whole.
 
-    One reduction per dtype over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which were used.
+    One reduction per dtype and BUCKET over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which
+    were used.
     """
     if world() == 1:
         return
-    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    for members in groups.values():
+            full = buckets.setdefault((parameter.dtype, parameter.device), [[]])
+            if sum(member.numel() for member in full[-1]) + parameter.numel() > BUCKET:
+                full.append([])
+            full[-1].append(parameter)
+    for members in [bucket for full in buckets.values() for bucket in full if bucket]:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
         dist.all_reduce(flat, group=_team)
         flat /= world()
@@ -335,26 +342,24 @@ def mesh(ranks: Ranks, replicas: int = 1) -> Any:
 ENTRY_POINTS = ("act", "predict", "sample", "value", "evaluate", "sft_loss", "keys_values")
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: Any, dtype: torch.dtype | None = None, entry_points: Sequence[str] = ENTRY_POINTS) -> nn.Module:
+def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: Any, entry_points: Sequence[str] = ENTRY_POINTS) -> nn.Module:
     """Shard a module's parameters over the ranks (FSDP2), in place; they move to the mesh's device on the way.
+
+    Weights are gathered in their own dtype, and autocast decides about computation: bfloat16 with float32 master weights then gives the same numbers as without
+    shards. Gathering in bfloat16 would halve the traffic and round the norms, which the models' originals keep in float32.
 
     Args:
         blocks: sub-modules that are gathered and freed one at a time, the transformer layers.
-        dtype: in which the blocks are gathered and computed; the sharded parameters keep theirs (float32 master weights with dtype=torch.bfloat16). What lies
-            outside the blocks, the heads, is gathered as it is, and autocast decides. Gradients are reduced in float32.
         entry_points: methods besides forward() that use the weights, of the module and of blocks. They are registered at once: called without, the blocks
             would take themselves for roots, and the next real forward would fail.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # Inputs are not cast: positions and the numbers that log-probabilities are taken of would lose their digits.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Slices of outputs are views; nothing writes into them, which is what the warning is about.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    as_it_is = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=False)  # the next that is wanted after it is itself, in the backward pass
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)  # what comes after it is its own backward pass
     for part in (module, *blocks):
         inside: list[str] = []  # the entry point that runs
         for name in entry_points:

@@ -231,7 +231,7 @@ class Run:
         for policy in policies if self.shards else ():
             if policy is not None:
                 blocks = policy.blocks()
-                distributed.shard(policy, blocks, distributed.mesh(self.ranks), torch.bfloat16 if self.args.bf16 else None)
+                distributed.shard(policy, blocks, distributed.mesh(self.ranks))
                 print0(f"sharded over {self.ranks.world} ranks, gathered in {len(blocks) + 1} parts")
 
     @contextlib.contextmanager
@@ -300,7 +300,8 @@ class Run:
                 if not name.startswith(only):
                     parameter.grad = None
         if not distributed.is_sharded(policy):
-            distributed.average_gradients(policy.parameters())
+            with self.timed("sync"):
+                distributed.average_gradients(policy.parameters())
         norm = distributed.clip_gradients(policy.parameters(), max_norm)
         if math.isfinite(norm) and math.isfinite(loss):
             optimizer.step()

@@ -292,13 +292,16 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Mean of the gradients over all ranks, in place: data parallelism for a model that every rank holds whole.
 
     One reduction per dtype and BUCKET over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which
-    were used.
+    were used; one without a gradient on any rank stays without, as on a single rank, and the optimizer leaves it alone.
     """
-    if world() == 1:
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if world() == 1 or not trained:
         return
+    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group=_team)
     buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
+    for parameter, wanted in zip(trained, used.tolist(), strict=True):
+        if wanted:
             full = buckets.setdefault((parameter.dtype, parameter.device), [[]])
             if sum(member.numel() for member in full[-1]) + parameter.numel() > BUCKET:
                 full.append([])

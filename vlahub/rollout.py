@@ -134,6 +134,11 @@ class Film:
             if len(self.frames) < FRAMES:
                 self.frames.append(video.caption(picture, instruction, status, {"solved": "good", "not solved": "bad"}.get(end, "plain")))
 
+    def pictures(self) -> list[np.ndarray]:
+        """The frames in one size: instructions of different episodes take different numbers of lines above them."""
+        height = max(map(len, self.frames))
+        return [np.pad(frame, ((height - len(frame), 0), (0, 0), (0, 0))) for frame in self.frames]
+
 
 class Collector:
     """Runs a policy in a vector env. Running episodes go on from one `steady` call to the next.

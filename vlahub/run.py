@@ -285,7 +285,7 @@ class Run:
         try:
             if film.frames:
                 (self.folder / "videos").mkdir(exist_ok=True)
-                data = video.encode(film.frames, collector.env.metadata["render_fps"] / film.every)
+                data = video.encode(film.pictures(), collector.env.metadata["render_fps"] / film.every)
                 video.save(self.folder / "videos" / f"{iteration:06d}.mp4", data)
         except OSError as error:  # a full disk; the training does not depend on it
             print(f"WARNING: iteration {iteration} has no video: {error}", flush=True)

@@ -434,6 +434,10 @@ class LingBotPolicy(Policy):
         self._fast.release()  # parameters move
         return super()._apply(fn, recurse)
 
+    def blocks(self) -> list[nn.Module]:
+        # without the expert's layers: their norms are asked for their modulations from outside
+        return [self.model.language_model.embed_tokens, *self.model.visual.blocks, *self.model.language_model.layers]
+
     # -------------------------------------------------------------------------------------------- inputs
 
     def _text(self, instruction: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vlahub.distributed import is_sharded
 from vlahub.hub import CheckpointError
 from vlahub.interface import Interface
 from vlahub.observation import Observation, batch_size, to_torch, views
@@ -218,6 +219,12 @@ class Pi0Policy(Policy):
     @property
     def expert(self) -> Gemma:
         return self.paligemma_with_expert.gemma_expert.model
+
+    def blocks(self) -> list[nn.Module]:
+        towers = [self.paligemma.model.vision_tower.vision_model.encoder.layers, self.language_model.layers]
+        if not self.config.pi05:  # adaptive norms are asked for their modulations from outside their layers
+            towers.append(self.expert.layers)
+        return [self.paligemma.lm_head, *(layer for tower in towers for layer in tower)]
 
     # ------------------------------------------------------------------------------------------------ the network
 
@@ -464,7 +471,7 @@ class Pi0Policy(Policy):
 
     def _accelerated(self, inputs: Trace) -> Trace:
         """`denoise_all` in the quickest form that works here."""
-        if self.device.type != "cuda" or hasattr(self.action_in_proj.weight, "to_local"):  # sharded parameters come and go
+        if self.device.type != "cuda" or is_sharded(self):  # sharded parameters come and go
             return self.denoise_all(inputs)
         if self._captured_for is not self.config:
             self._release()

@@ -9,6 +9,7 @@ import torch
 from baselines import ppo
 from baselines.ppo import Args, advantages_of, critic_loss, gae, minibatches, surrogate
 from tests.baselines.scripts import HERE, curves, launch
+from vlahub import video
 from vlahub.rollout import Rollout
 
 BOOL = torch.bool
@@ -151,12 +152,23 @@ def losses(folder) -> list[dict]:
     return curves(folder, "train/actor/policy_loss", "train/critic/value_loss", "train/actor/approx_kl", "train/actor/grad_norm")
 
 
-def test_two_ranks_see_what_one_sees(tmp_path):
-    one = script(tmp_path, name="one", total_iterations=2, save_every=0)
-    two = script(tmp_path, "--nproc-per-node=2", name="two", total_iterations=2, save_every=0, workers=1)
-    assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
+def test_two_ranks_see_what_one_sees_wherever_the_environments_live(tmp_path):
+    """One rank that does everything; two that do; and one that infers and trains while two others simulate, through which evaluations and films go too."""
+    options = {"total_iterations": 2, "save_every": 0}
+    more = {"video_every": 2, "eval_every": 2, "eval_episodes": 2}
+    one = script(tmp_path, name="one", **options, **more)
+    two = script(tmp_path, "--nproc-per-node=2", name="two", workers=1, **options)
+    roles = script(tmp_path, "--nproc-per-node=3", name="roles", workers=1, env_ranks="0,2", policy_ranks="1", **options, **more)
+    assert one.returncode == two.returncode == roles.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:] + roles.stderr[-2000:]
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert all(a[name] == pytest.approx(b[name], abs=1e-5) for name in a), (a, b)
+    assert losses(tmp_path / "one") == losses(tmp_path / "roles")
+    for name in ("one", "roles"):
+        assert len(video.decode(tmp_path / name / "videos/000000.mp4")) == 16, "8 chunks of 2 steps of the first environment"
+        assert not (tmp_path / name / "videos/000001.mp4").exists()
+    episodes = [json.loads((tmp_path / name / "eval/000002/results.json").read_text())["episodes"] for name in ("one", "roles")]
+    one, roles = ([(episode["seed"], episode["length"], episode["return"]) for episode in run] for run in episodes)
+    assert one == roles and len(one) == 2
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

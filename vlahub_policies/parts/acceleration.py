@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vlahub.distributed import is_sharded
 from vlahub_policies.parts.capture import Captured
 from vlahub_policies.parts.packing import unpack
 
@@ -29,8 +30,7 @@ class Acceleration:
         self.release()
 
     def __call__(self, inputs: dict[str, torch.Tensor], mode: Mode) -> dict[str, torch.Tensor]:
-        first = next(self.policy.parameters())
-        if first.device.type != "cuda" or torch.is_grad_enabled() or hasattr(first, "to_local"):  # sharded parameters come and go
+        if next(self.policy.parameters()).device.type != "cuda" or torch.is_grad_enabled() or is_sharded(self.policy):  # sharded parameters come and go
             return self.function(inputs)
         if mode != self._wanted:
             self.release()

@@ -23,6 +23,7 @@ from vlahub_envs.robotwin.room import GRIPPY, PLAIN
 
 REPOSITORY = "TianxingChen/RoboTwin2.0"  # dataset on the Hugging Face hub
 ROBOT_URDF = "embodiments/aloha-agilex/urdf/arx5_description_isaac.urdf"
+BACKGROUNDS = "background_texture"
 HOW_TO_GET = (
     f"get the release with `hf download {REPOSITORY} objects.zip embodiments.zip --repo-type dataset --local-dir DIR`, unzip both in DIR/robotwin, "
     "and set VLAHUB_ASSETS=DIR (or pass assets='DIR/robotwin')"
@@ -253,6 +254,18 @@ class Official:
             collision=files["collision"],
             scale=tuple(scale),
         )
+
+
+def backgrounds(assets: StandIns | Official, which: str) -> Path | None:
+    """The official release's background pictures; None with stand-ins, whose pictures are generated."""
+    if assets.name == "stand-in":
+        return None
+    folder = assets.folder / BACKGROUNDS
+    if not (folder / which).is_dir():
+        raise FileNotFoundError(
+            f"the official RoboTwin assets in {assets.folder} lack {BACKGROUNDS}/{which}, which a randomized background needs; {HOW_TO_GET}"
+        )
+    return folder
 
 
 def default_folder() -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from vlahub_envs.robotwin.kinematics import pose
-from vlahub_envs.robotwin.robot import PREFIX, SIDES, TCP
+from vlahub_envs.robotwin.robot import SIDES
 from vlahub_envs.robotwin.scene import Thing
 from vlahub_envs.robotwin.simulation import RoboTwin
 from vlahub_envs.robotwin.trajectory import RECORD_EVERY, rest_to_rest, through
@@ -22,7 +22,6 @@ LARGEST_TURN = 0.6  # rad of a joint between two such points
 NEARLY = 0.15 * np.pi  # rad: so near to an easy direction a grasp counts as easy
 LEVEL = -0.7  # of the z of a hand's x axis: below, the hand points down
 ASIDE = (0, 0.3, -0.3, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)  # rad: how far off the easiest way a hand that puts something down may be turned
-ARM = {"left": slice(0, 6), "right": slice(6, 12)}  # of the twelve joints
 ORIGIN_AS_POINT = pose(rotation=Rotation.from_quat([np.sqrt(0.5), 0, 0, np.sqrt(0.5)]))  # z down, in a y-up object
 # orientations of the hand that it takes easily: pointing down with the camera on the far side, and forwards to the other arm's side
 EASY = {
@@ -72,7 +71,7 @@ class Hands:
             home: arms that go back to their home posture meanwhile.
             straight: hands move along straight lines, not along the shortest way of the joints.
         """
-        start = self.robot.joints
+        start, arm = self.robot.joints, self.robot.part
         before = {side: self.robot.hand(side) for side in poses}
         way = max((float(np.linalg.norm(target[:3, 3] - before[side][:3, 3])) for side, target in poses.items()), default=0.0)
         count = max(1, math.ceil(way / STRAIGHT_STEP)) if straight else 1
@@ -80,9 +79,9 @@ class Hands:
         for part in np.arange(1, count + 1) / count:
             goal = path[-1].copy()
             for side, target in poses.items():
-                goal[ARM[side]] = self.joints_for(side, between(before[side], target, part), goal[ARM[side]])
+                goal[arm[side]] = self.joints_for(side, between(before[side], target, part), goal[arm[side]])
             for side in home:
-                goal[ARM[side]] = start[ARM[side]] * (1 - part)
+                goal[arm[side]] = start[arm[side]] + part * (self.robot.home - start)[arm[side]]
             path.append(goal)
         if np.abs(path[-1] - start).max() < 1e-6:
             return self._actions(start[None], self.robot.grippers[None])
@@ -103,7 +102,7 @@ class Hands:
 
     def reaches(self, side: str, *targets: np.ndarray) -> bool:
         """Can a hand go to all these poses, one after the other?"""
-        joints = self.robot.joints[ARM[side]]
+        joints = self.robot.joints[self.robot.part[side]]
         for target in targets:
             solution = self.robot.arms[side].inverse(target, joints)
             if not solution.reached:
@@ -154,7 +153,7 @@ class Hands:
         for turn, contact in sorted(zip(turns, contacts, strict=True), key=lambda pair: hardness(pair[0])):
             for tilt in TILTS:
                 tipped = turn * Rotation.from_euler("y", -tilt)
-                poses = [pose(contact[:3, 3] - (TCP + back) * tipped.as_matrix()[:, 0], tipped) for back in backs]
+                poses = [pose(contact[:3, 3] - (self.robot.tcp + back) * tipped.as_matrix()[:, 0], tipped) for back in backs]
                 if self.reaches(side, *poses):
                     return poses
         raise Unreachable(f"the {side} hand cannot grasp {thing.name}, at {np.round(contacts[0][:3, 3], 3).tolist()}")
@@ -227,7 +226,7 @@ class Hands:
 
     def hand_as_it_is(self, side: str) -> np.ndarray:
         """World pose of link6 [4, 4], where the physics has it."""
-        return self.robot.links[f"{PREFIX[side]}_link6"].entity.pose.to_transformation_matrix()
+        return self.robot.hand_as_it_is(side)
 
     def _actions(self, joints: np.ndarray, grippers: np.ndarray) -> np.ndarray:
         return self.simulation.encode(joints, grippers)

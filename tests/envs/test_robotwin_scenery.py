@@ -151,7 +151,7 @@ def test_the_expert_solves_randomized_scenes_too(simulation):
 def test_official_pictures_and_objects_are_used_with_the_official_set(tmp_path, monkeypatch):
     write_official_release(tmp_path)
     options = {"assets": str(tmp_path), "randomization": {"background": True, "plain_rate": 0.0, "clutter": True}}
-    with pytest.raises(FileNotFoundError, match=r"lack background_texture/seen.*background_texture\.zip"):
+    with pytest.raises(FileNotFoundError, match=r"lack background_texture/seen.*vlahub assets robotwin-backgrounds --download"):
         simulate(**options)
     folder = tmp_path / "background_texture" / "seen"
     folder.mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_official_pictures_and_objects_are_used_with_the_official_set(tmp_path, 
     (write / "objects" / "050_bell").rename(tmp_path / "objects" / "050_bell")
     assert clutter.candidates(assets.Official(tmp_path), ["050_bell"]) == {"071_can": (1,)}
     simulation = simulate(**options)
-    with pytest.raises(FileNotFoundError, match=r"lack .*\d+\.png; unzip background_texture\.zip again"):
+    with pytest.raises(FileNotFoundError, match=r"lack .*\d+\.png; delete"):
         for seed in range(5):
             simulation.reset(seed, {})
     monkeypatch.setitem(randomization.PICTURES, "seen", 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,6 @@ def candidates(assets: StandIns | Official, used: Iterable[str]) -> dict[str, tu
     return {name: models for name, models in known.items() if name not in taken}
 
 
-@lru_cache(maxsize=2)
 def _stable(folder: Path) -> dict[str, tuple[int, ...]]:
     """The numbered categories of the official release with the models that its metadata call stable."""
     found: dict[str, list[int]] = {}

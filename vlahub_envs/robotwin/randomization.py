@@ -113,7 +113,9 @@ def picture(which: str, number: int, folder: Path | None) -> np.ndarray:
     if folder is not None:
         file = folder / which / f"{number}.png"
         if not file.exists():
-            raise FileNotFoundError(f"the official background pictures lack {file}; unzip background_texture.zip again")
+            raise FileNotFoundError(
+                f"the official background pictures lack {file}; delete their folder and run `vlahub assets robotwin-backgrounds --download` again"
+            )
         return np.asarray(Image.open(file).convert("RGBA").resize((TEXTURE_SIZE, TEXTURE_SIZE)))
     random = np.random.default_rng([number, 0 if which == "seen" else 1])
     x, y = np.meshgrid(*2 * [np.linspace(0, 1, TEXTURE_SIZE, endpoint=False)])

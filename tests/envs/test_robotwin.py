@@ -444,6 +444,17 @@ def test_sentences_have_a_seen_and_a_held_out_set():
     assert env.reset(seed=1)[0]["task_descriptions"] not in {instruction(sentences, "seen", stands_for, seed) for seed in range(500)}
 
 
+def test_every_episode_has_its_own_sentence_about_its_own_layout(env):
+    sentences = set()
+    for seed in range(12):
+        observation, info = env.reset(seed=seed)
+        words = observation["task_descriptions"]
+        sentences.add(words)
+        other = "left arm" if info["stands_for"].endswith("a=right") else "right arm"
+        assert other not in words and env.reset(seed=seed)[0]["task_descriptions"] == words
+    assert len(sentences) > 8
+
+
 # ------------------------------------------------------------------------------------------------ assets
 
 

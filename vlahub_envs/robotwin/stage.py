@@ -44,6 +44,7 @@ VIEWS = {
     # for people: from the far side of the table at the robot
     "people": View((0.8, 0.33, 1.6), (-0.82, -0.65, -0.72), (0.65, -0.82, 0), fovy=50),
 }
+MOST_KEPT = 64  # models that are kept for later episodes. Clutter from the official release goes through hundreds, with their textures
 FAR = 100.0  # m; the cameras' far clipping plane
 NEAR = 0.1  # the near one, as upstream's. A wrist camera's cuts off the fingers, which end 0.1 m away, ...
 NEAR_WRIST_STANDIN = 0.03  # ... so with the stand-in robot, which no published checkpoint has seen, it is nearer
@@ -157,6 +158,9 @@ class Stage:
         used: dict[tuple, int] = {}
         keys = {model.key for model, _ in objects}
         self._bodies = {key: bodies for key, bodies in self._bodies.items() if key in keys or key[0] != "box"}  # boxes come in any size: keep none
+        if len(self._bodies) > MOST_KEPT:
+            self._bodies = {key: bodies for key, bodies in self._bodies.items() if key in keys}
+            sapien.render.clear_cache()  # SAPIEN keeps every mesh and texture file that it has read
         for model, entity in objects:
             key = model.key
             bodies = self._bodies.setdefault(key, [])

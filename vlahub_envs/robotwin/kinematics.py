@@ -91,6 +91,7 @@ class Arm:
         self.origins = np.stack(origins)  # [6, 4, 4] joint i in the frame of joint i - 1; the first in the world
         self.end = fixed  # [4, 4] the tip in the frame of the last joint
         self.axes = np.stack(axes)  # [6, 3] in the joint's own frame
+        self.length = sum(float(np.linalg.norm(origin[:3, 3])) for origin in (*self.origins[1:], self.end))  # m, of the chain: no further does the tip get
         x, y, z = self.axes.T
         zero = np.zeros(self.count)
         self._cross = np.stack([np.stack([zero, -z, y], -1), np.stack([z, zero, -x], -1), np.stack([-y, x, zero], -1)], -2)  # [6, 3, 3]
@@ -115,6 +116,10 @@ class Arm:
         for step in steps[1:]:
             frames.append(frames[-1] @ step)
         return frames
+
+    def too_far(self, target: np.ndarray) -> bool:
+        """Is `target` [4, 4] further from the first joint than the stretched arm is long?"""
+        return bool(np.linalg.norm(target[:3, 3] - self.origins[0][:3, 3]) > self.length)
 
     def jacobian(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """-> world pose of the tip [4, 4]; its velocity per joint velocity [6, joints], linear above angular, both in world axes."""

@@ -9,6 +9,10 @@ TASKS = {
         "Press the top of a desk bell with a closed gripper.",
         "the expert solves 100 of 100 layouts (seeds 0 to 99, stand-ins), in 80 control steps on average",
     ),
+    "AdjustBottle": (
+        "Pick up a bottle that lies on the table, stand it up in the air and hold it on its own side.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
     "BeatBlockHammer": (
         "Take a hammer and touch a fixed cube with its head.",
         "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
@@ -27,6 +31,10 @@ TASKS = {
     ),
     "PlaceEmptyCup": (
         "Put a cup on a coaster.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "PlaceShoe": (
+        "Put a shoe on a blue mat, its toe to the left.",
         "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
     ),
     "StackBlocksThree": (

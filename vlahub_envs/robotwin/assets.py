@@ -177,14 +177,53 @@ def hammer(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[B
     return (Brick((0.012, (neck - low[1]) / 2, 0.013), pose((0, (neck + low[1]) / 2, 0)), (0.85, 0.55, 0.15)), head)
 
 
+def bottle(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid, ...]:
+    """A foot, a waist, a shoulder and a neck. The waist is where hands take it: at full width the larger bottles would not fit between the fingers."""
+    bottom, height, radius = center[1] - size[1] / 2, size[1], min(size[0], size[2]) / 2
+    parts = (
+        ([(0.95, 0.0), (1.0, 0.03), (1.0, 0.2), (0.84, 0.27)], (0.2, 0.5, 0.75)),
+        ([(0.84, 0.2), (0.84, 0.75)], (0.93, 0.93, 0.9)),
+        ([(0.84, 0.67), (1.0, 0.72), (1.0, 0.77), (0.36, 0.9)], (0.2, 0.5, 0.75)),
+        ([(0.36, 0.88), (0.36, 1.0)], (0.85, 0.3, 0.25)),
+    )
+    return tuple(Solid([(radius * wide, bottom + height * high) for wide, high in outline], colour) for outline, colour in parts)
+
+
+def can(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid, ...]:
+    """A foot of the measured width and an upright body that fits between the fingers."""
+    bottom, top, radius = center[1] - size[1] / 2, center[1] + size[1] / 2, min(size[0], size[2]) / 2
+    knee = bottom + 0.15 * size[1]
+    body = min(radius, 0.036)
+    return Solid([(radius, bottom), (radius, knee)], (0.5, 0.5, 0.53), 0.4), Solid([(body, knee), (body, top)], (0.78, 0.2, 0.16))
+
+
+def shoe(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Brick, ...]:
+    """A sole, a heel part that hands take, a lower toe part. The toe points along +z."""
+    low, high = center - size / 2, center + size / 2
+    ankle = low[2] + 0.62 * size[2]  # the contact points, at z = 0, are behind it
+
+    def part(y0: float, y1: float, z0: float, z1: float, width: float, colour: tuple[float, float, float]) -> Brick:
+        return Brick((width * size[0] / 2, (y1 - y0) / 2, (z1 - z0) / 2), pose((center[0], (y0 + y1) / 2, (z0 + z1) / 2)), colour)
+
+    sole, toe = low[1] + 0.2 * size[1], low[1] + 0.6 * size[1]
+    return (
+        part(low[1], sole, low[2], high[2], 1.0, (0.93, 0.93, 0.92)),
+        part(sole, high[1], low[2], ankle, 0.8, (0.2, 0.24, 0.32)),
+        part(sole, toe, ankle, high[2], 0.85, (0.75, 0.35, 0.2)),
+    )
+
+
 # name -> the parts, from size, centre and contact points
 STANDINS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Solid | Brick, ...]]] = {
+    "001_bottle": bottle,
     "002_bowl": partial(vessel, colour=(0.25, 0.55, 0.62)),
     "003_plate": plate,
     "019_coaster": disc,
     "020_hammer": hammer,
     "021_cup": partial(vessel, colour=(0.82, 0.45, 0.35)),
+    "041_shoe": shoe,
     "050_bell": bell,
+    "105_sauce-can": can,
 }
 
 

@@ -102,6 +102,7 @@ class Arm:
         self.end = fixed if tool is None else fixed @ tool  # [4, 4] the tip in the frame of the last joint
         self.axes = np.stack(axes)  # [6, 3] in the joint's own frame
         self.low, self.high = np.array(limits).T  # [6] rad; infinite for joints that turn freely
+        self.length = sum(float(np.linalg.norm(origin[:3, 3])) for origin in (*self.origins[1:], self.end))  # m, of the chain: no further does the tip get
         x, y, z = self.axes.T
         zero = np.zeros(self.count)
         self._cross = np.stack([np.stack([zero, -z, y], -1), np.stack([z, zero, -x], -1), np.stack([-y, x, zero], -1)], -2)  # [6, 3, 3]
@@ -123,6 +124,10 @@ class Arm:
         for step in steps[1:]:
             frames.append(frames[-1] @ step)
         return frames
+
+    def too_far(self, target: np.ndarray) -> bool:
+        """Is `target` [4, 4] further from the first joint than the stretched arm is long?"""
+        return bool(np.linalg.norm(target[:3, 3] - self.origins[0][:3, 3]) > self.length)
 
     def jacobian(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """-> world pose of the tip [4, 4]; its velocity per joint velocity [6, joints], linear above angular, both in world axes."""

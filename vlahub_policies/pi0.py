@@ -585,7 +585,9 @@ class Pi0Policy(Accelerated, Policy):
     @classmethod
     def from_config(cls, config: Pi0Config, folder: Path | None = None) -> Self:
         if folder is None:
-            raise ValueError("a pi0 policy needs a tokenizer: from_config(config, folder with a tokenizer.model), or Pi0Policy(config, tokenizer)")
+            raise ValueError(
+                "a pi0 policy needs a tokenizer: from_config(config, folder with a tokenizer.model or tokenizer.json), or Pi0Policy(config, tokenizer)"
+            )
         return cls(config, text.find(folder, fits=config.vocab_size))
 
     @classmethod
@@ -609,7 +611,7 @@ class Pi0Policy(Accelerated, Policy):
         nn.init.normal_(self.paligemma.model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.02)
 
     def side_files(self) -> dict[str, bytes]:
-        return {text.FILE: self.tokenizer.model}
+        return {self.tokenizer.file: self.tokenizer.model}
 
 
 def quick_layers(policy: Pi0Policy, mode: str) -> dict[type, Callable]:

@@ -239,8 +239,8 @@ def explore(
     if how.method == "ode":
         raise ValueError("noise_method 'ode' is deterministic and has no log-probability; explore with flow_sde, flow_cps or flow_noise, or call predict")
     start = randomness.normal(seeds, shape, INITIAL, device)
-    noise = correlate(randomness.normal(seeds, (how.steps, *shape), STEPS, device), how.correlation)
     if how.joint:
+        noise = correlate(randomness.normal(seeds, (how.steps, *shape), STEPS, device), how.correlation)
         taken = run(start, schedule(how.method, how.steps, how.noise_level).to(device), noise)
         terms = normal_log_prob(taken.chain[:, 1:], taken.mean, taken.spread, how.correlation)
         first = normal_log_prob(start, torch.zeros_like(start), torch.ones_like(start))
@@ -251,6 +251,7 @@ def explore(
     if not drawable:
         raise ValueError(f"noise_method {how.method!r} adds no noise in {how.steps} steps at noise_level {how.noise_level}; raise num_steps or noise_level")
     index = randomness.integers(seeds, drawable, DRAWN_STEP) if how.step == "drawn" else torch.full((len(start),), drawable - 1)
+    noise = correlate(randomness.normal(seeds, (1, *shape), STEPS, device), how.correlation).expand(-1, how.steps, -1, -1)  # only the chosen step adds it
     taken = run(start, stochastic_at(how.method, how.steps, how.noise_level, index).to(device), noise)
     index, rows = index.to(device), torch.arange(len(start), device=device)
     log_prob = normal_log_prob(taken.chain[rows, index + 1], taken.mean[rows, index], taken.spread[rows, index], how.correlation)

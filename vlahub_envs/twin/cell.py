@@ -421,7 +421,12 @@ class TwinPickPlace(BaseEnv):
         """The camera's picture as of the last step, [B, H, W, 3] uint8. With obs_mode="none" this is all that is ever drawn."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self.capture_sensor_data()
-        return self._seen(self.scene.sensors[CAMERA].get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"])
+        camera = self.scene.sensors[CAMERA]
+        if self.gpu_sim_enabled:
+            rgb = camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
+        else:  # ManiSkill's way leads through CUDA wherever there is a GPU, which costs every simulation process a context of half a GB
+            rgb = torch.from_numpy(camera.camera._render_cameras[0].get_picture("Color")[None, ..., :3].copy())
+        return self._seen(rgb)
 
     def _seen(self, rgb: torch.Tensor) -> torch.Tensor:
         if not (self.gap.pixel_noise or self.gap.exposure_noise):

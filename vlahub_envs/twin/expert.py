@@ -53,7 +53,7 @@ class PickAndPlace:
             away = np.linalg.norm(offset)
             lifted = np.clip((low + BASE[2] - TABLE_TOP) / LIFT, 0, 1)
             down = tray[2] - PRESS - low
-            goal = tool + [*(lifted * offset), down + np.clip(STEEP * (away - 2 * NEAR), 0, HOVER)]
+            goal = tool + np.array([*(lifted * offset), down + np.clip(STEEP * (away - 2 * NEAR), 0, HOVER)])
             grip = -1.0
         else:
             yaw = grasp_yaw(thing.shape, axes)

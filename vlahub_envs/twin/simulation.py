@@ -136,10 +136,10 @@ class Twin:
 
     def observe(self) -> Observation:
         cell = self._running()
-        return {"main_images": cell.look()[0].numpy(), "states": cell.measured_state()[0].numpy(), "task_descriptions": INSTRUCTION}
+        return {"main_images": cell.look()[0].cpu().numpy(), "states": cell.measured_state()[0].numpy(), "task_descriptions": INSTRUCTION}
 
     def render(self) -> np.ndarray:
-        return self._running().render_rgb_array()[0].numpy()
+        return self._running().render_rgb_array()[0].cpu().numpy()
 
     def close(self) -> None:
         if self.cell is not None:

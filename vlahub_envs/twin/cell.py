@@ -335,7 +335,7 @@ class TwinPickPlace(BaseEnv):
                     yaw[row] = layout.yaw + thing.yaw
             q = np.stack([np.cos(yaw / 2), 0 * yaw, 0 * yaw, np.sin(yaw / 2)], 1)
             actor.set_pose(self._poses(p, q))
-        trays = np.array([(*layout.tray, TABLE_TOP + CLEARANCE) for layout in layouts])
+        trays = np.array([(*layout.tray, TABLE_TOP - self.asset_set.bottom(TRAY) + CLEARANCE) for layout in layouts])
         self.tray.set_pose(self._poses(trays, np.tile([1.0, 0, 0, 0], (count, 1))))
         for flag in self._flags.values():
             flag[env_idx] = False

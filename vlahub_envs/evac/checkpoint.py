@@ -53,6 +53,11 @@ SCHEDULE_BUFFERS = {
 }
 
 
+def find(name: str | Path, **where: Any) -> Path:
+    """The file or folder behind a name: a path, a bundled id, or a repository on the hub. `where`: arguments of vlahub.hub.resolve."""
+    return Path(name) if Path(name).is_file() else hub.resolve(name, **where)
+
+
 def load(
     name: str | Path,
     *,
@@ -75,9 +80,7 @@ def load(
         options: entries of WorldModelConfig to override. Entries that size a tensor must agree with the weights.
         revision, cache_dir, force_download, local_files_only, token: as in huggingface_hub.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = hub.resolve(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+    path = find(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
     if (path / hub.CONFIG).exists():
         model = _load_own(path, dtype, device, options)
     else:
@@ -85,13 +88,19 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def save(model: WorldModel, folder: str | Path) -> Path:
-    """Write config.json and model.safetensors; `load` reads them back."""
+def save(model: WorldModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write config.json and model.safetensors; `load` reads them back. With `dtype`, all weights but the action converter's are rounded to it: float16 halves
+    the file, but poses in metres need more than its three digits."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / hub.WEIGHTS)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if dtype is not None:
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and not name.startswith("action_predictor.") else tensor for name, tensor in tensors.items()
+        }
+    save_file(tensors, folder / hub.WEIGHTS)
     (folder / hub.CONFIG).write_text(json.dumps({KIND: "evac", "config": config_to_dict(model.config)}, indent=2) + "\n")
     return folder
 

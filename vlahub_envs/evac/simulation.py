@@ -19,8 +19,9 @@ from vlahub.env import Episode
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
 from vlahub.simulation import Outcomes, Simulation, check_options
-from vlahub_envs.evac import conditioning, start_states
+from vlahub_envs.evac import checkpoint, conditioning, start_states
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
+from vlahub_envs.evac.schedule import Solver
 from vlahub_envs.evac.start_states import StartState, StartStates
 
 FINGER = 0.04  # m, position of each finger of LIBERO's gripper when fully open
@@ -94,16 +95,23 @@ def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, see
     return StartStates(found)
 
 
+def draw_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+    """Poses [n, 8] -> trajectory maps [n, H, W, 3] uint8 in the model's own camera. The one arm stands in both halves of a pose row."""
+    to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
+    camera = np.array(config.intrinsic), to_world, (config.height, config.width), config.variant, config.map_radius, config.map_thickness
+    return np.stack([conditioning.trajectory_map(np.concatenate([pose, pose]), *camera) for pose in poses])
+
+
 class Imagination:
     """The model and how it is sampled; shared by all worlds of a batch.
 
     Args:
         model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
-        starts: a collection of start states, or the path of one; without it every reset needs a start by hand.
+        starts: a collection of start states, or the path of one; by default the file that lies beside the weights. Without any, every reset needs a start by hand.
         suite, device, dtype: which weights of the repository, and where and in what they run, if the model is loaded here.
-        denoising_steps: network calls per chunk.
-        eta: 1 adds fresh noise at every call, as the published environment does; 0 none.
-        clean_end: see Schedule.ddim. By default on below 50 steps, where the published ending visibly fades the picture.
+        denoising_steps, solver, eta: network calls per chunk, "ddim" or "dpm", and how much fresh noise every call adds (the published environment: 50, "ddim", 1);
+            what the model's config says where they are None.
+        clean_end: see Schedule.steps. By default on below 50 steps, where the published ending visibly fades the picture.
         threshold: probability from which a frame counts as a success.
         max_batch: worlds that are imagined at once; larger batches are split. None: all.
     """
@@ -118,14 +126,20 @@ class Imagination:
         suite: str = "",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        denoising_steps: int = 50,
-        eta: float = 1.0,
+        denoising_steps: int | None = None,
+        solver: Solver | None = None,
+        eta: float | None = None,
         clean_end: bool | None = None,
         threshold: float = 0.5,
         max_batch: int | None = None,
     ):
-        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, suite=suite, device=device, dtype=dtype)
-        self.config = config = self.model.config
+        if not isinstance(model, WorldModel):
+            path = checkpoint.find(model)
+            beside = path / start_states.FILE
+            starts = beside if starts is None and beside.exists() else starts
+            model = checkpoint.load(path, suite=suite, device=device, dtype=dtype)
+        self.model, self.config = model, model.config
+        config = self.config
         for part, what in ((self.model.reward_model, "success classifier"), (self.model.action_predictor, "action converter")):
             if part is None:
                 raise ValueError(f"this world model has no {what}, which an environment needs; load weights that have one (the AgiBot release has neither)")
@@ -136,11 +150,12 @@ class Imagination:
         self.starts = start_states.read(starts) if isinstance(starts, (str, Path)) else starts
         for state in self.starts or ():
             state.check(config.height, config.width)
-        self.steps = self.model.schedule.ddim(denoising_steps, eta, denoising_steps < 50 if clean_end is None else clean_end)
+        calls = config.denoising_steps if denoising_steps is None else denoising_steps
+        solver = solver or config.solver
+        eta = (config.eta if solver == config.solver else 0.0) if eta is None else eta
+        self.steps = self.model.schedule.steps(calls, eta, calls < 50 if clean_end is None else clean_end, solver)
         self.threshold, self.max_batch = threshold, max_batch
         self.rays = self.model.camera_rays()
-        self.intrinsic = np.array(config.intrinsic)
-        self.to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
 
     @torch.no_grad()
     def advance(self, worlds: Sequence[Evac], actions: Sequence[np.ndarray]) -> None:
@@ -165,7 +180,7 @@ class Imagination:
         reached, of_rows, of_frames = self.poses(worlds, actions)
         doubled = np.concatenate([of_rows, of_rows], axis=-1)  # [k, c + 1, 16]: the one arm stands in both halves
         rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(doubled)))
-        maps = np.stack([[self._map(pose) for pose in of_world] for of_world in of_frames])
+        maps = np.stack([draw_maps(of_world, config) for of_world in of_frames])
         memory = torch.stack([world.latents[:, memory_rows(world.latents.shape[1], config.memory)] for world in worlds])  # [k, 4, m, h, w]
         tokens = torch.stack([self.tokens(world) for world in worlds])
         conditions = model.conditions(memory, torch.from_numpy(maps), rows, tokens, self.rays)
@@ -198,10 +213,6 @@ class Imagination:
     def tokens(self, world: Evac) -> torch.Tensor:
         """Image tokens [tokens, context_dim] that a world is shown: of its first frame."""
         return world.image_tokens
-
-    def _map(self, pose: np.ndarray) -> np.ndarray:
-        config = self.config
-        return conditioning.trajectory_map(np.concatenate([pose, pose]), self.intrinsic, self.to_world, (config.height, config.width), config.variant)
 
     def _encode_starts(self, worlds: Sequence[Evac]) -> None:
         """Latents and image tokens of worlds that have none yet; worlds with the same start share them."""

@@ -25,11 +25,12 @@ autoencoder's own and those of a frozen picture; errors of the converter's poses
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ from vlahub.run import divides
 from vlahub.tracking import Tracker
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.autoencoder import SCALE
-from vlahub_envs.evac.model import WorldModel, memory_rows, tiny_config
+from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows, tiny_config
 from vlahub_envs.evac.simulation import Imagination, draw_maps, interface_of, pose_of, to_uint8, upright
 from vlahub_envs.evac.start_states import StartState, StartStates
 
@@ -160,7 +161,8 @@ class Episodes:
     held_out: np.ndarray  # [F] bool
     episodes: list[range]
     texts: list[str]
-    numbers: list[tuple[int, int] | None] = field(default_factory=list)  # per episode its task and trial, where the recording tells
+    numbers: list[tuple[int, int] | None]  # per episode its task and trial, where the recording tells
+    maps: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))  # [F, H, W, 3] uint8: trajectory maps, drawn once the camera is known
 
     def clips(self, chunk: int, held_out: bool) -> np.ndarray:
         """Frames that `chunk` frames of the same episode follow."""
@@ -218,6 +220,15 @@ def _recorded_numbers(folder: Path) -> dict[int, tuple[int, int]]:
     file = folder / "meta/recording.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {line["episode"]: (line["task"], line["trial"]) for line in lines if line["episode"] is not None}
+
+
+def all_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+    """The trajectory maps of many poses, drawn by all cores: one takes a millisecond."""
+    pieces = [poses[i : i + 1000] for i in range(0, len(poses), 1000)]
+    if len(pieces) < 5:
+        return draw_maps(poses, config)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        return np.concatenate(list(pool.map(draw_maps, pieces, [config] * len(pieces))))
 
 
 def pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -299,8 +310,7 @@ def train_autoencoder(stage: Stage) -> None:
     maps = round(args.map_share * batch)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        drawn = draw_maps(data.poses[rng.choice(seen, maps)], model.config) if maps else np.empty((0, *data.frames.shape[1:]), np.uint8)
-        images = pixels(np.concatenate([data.frames[rng.choice(seen, batch - maps)], drawn]), device)
+        images = pixels(np.concatenate([data.frames[rng.choice(seen, batch - maps)], data.maps[rng.choice(seen, maps)]]), device)
         mean, log_variance = autoencoder.posterior(images)
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
@@ -393,9 +403,7 @@ class Clips:
 
 def clips_of(stage: Stage) -> Clips:
     data, model, device = stage.data, stage.model, stage.ranks.device
-    frames = encoded(model, data.frames, device).half()
-    maps = torch.cat([encoded(model, draw_maps(data.poses[i : i + 1024], model.config), device).half() for i in range(0, len(data.poses), 1024)])
-    return Clips(frames, maps, data, model)
+    return Clips(encoded(model, data.frames, device).half(), encoded(model, data.maps, device).half(), data, model)
 
 
 def train_video(stage: Stage, clips: Clips) -> None:
@@ -568,7 +576,7 @@ def report(stage: Stage, folder: Path) -> dict:
             solved.append(data.solved[following])
             poses.append(world.pose)
             true_poses.append(data.poses[frame + c])
-    result: dict = {"frames": int(len(data.poses)), "episodes": len(data.episodes), "held_out_episodes": len(held)}
+    result: dict = {"frames": len(data.poses), "episodes": len(data.episodes), "held_out_episodes": len(held)}
     for name, found in (("imagined", made), ("autoencoder", coded), ("frozen", frozen)):
         result[f"one_chunk_{name}"] = dict(zip(("psnr", "ssim"), alike(np.concatenate(found), np.concatenate(real)), strict=True))
     result["one_chunk_pose"] = pose_errors(np.stack(poses), np.stack(true_poses))
@@ -684,6 +692,7 @@ def main(args: Args) -> None:
     print0(f"run {folder}: {len(data.poses)} frames in {len(data.episodes)} episodes, {solved} of them solved, {int(data.solved.sum())} solved frames")
     model = make_model(args, data, folder).to(ranks.device)
     print0(f"{sum(tensor.numel() for tensor in model.state_dict().values()):,} parameters")
+    data.maps = all_maps(data.poses, model.config)
     stage = Stage(args, ranks, tracker, model, data)
     clips = None
     for what in STAGES:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vlahub_envs.evac import conditioning
+from vlahub_envs.evac.acceleration import Accelerated, Acceleration, Inputs, denoise
 from vlahub_envs.evac.actions import ActionConverter
 from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig, ImageEmbedder
@@ -28,6 +29,7 @@ from vlahub_envs.evac.reward import RewardClassifier
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, Solver, Steps, guided, sample
 from vlahub_envs.evac.unet import UNetConfig, VideoUNet
 
+PICTURES = 32  # that the autoencoder takes at once: 256-pixel ones fill a GPU, and more would only take memory
 ACTION_ROW = 14  # two arms of dxyz, drpy, gripper
 
 
@@ -163,6 +165,7 @@ class WorldModel(nn.Module):
         self.reward_model = None if config.reward_widths is None else RewardClassifier(config.reward_widths)
         self.action_predictor = None if config.converter_hidden is None else ActionConverter(config.action_dim, config.converter_hidden)
         self.schedule = Schedule(config.schedule)
+        self.accelerated: Accelerated | None = None
 
     @property
     def device(self) -> torch.device:
@@ -177,13 +180,13 @@ class WorldModel(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1], [..., 3, H, W] -> float32 latents [..., 4, h, w]"""
         flat = images.flatten(0, -4).to(self.first_stage_model.quant_conv.weight.dtype)
-        return self.first_stage_model.encode(flat).float().unflatten(0, images.shape[:-3])
+        return torch.cat([self.first_stage_model.encode(part).float() for part in flat.split(PICTURES)]).unflatten(0, images.shape[:-3])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [b, 4, n, h, w] -> float32 images of about [-1, 1], [b, n, 3, H, W]"""
         frames = latents.transpose(1, 2)
-        images = self.first_stage_model.decode(frames.flatten(0, 1).to(self.first_stage_model.quant_conv.weight.dtype))
-        return images.float().unflatten(0, frames.shape[:2])
+        flat = frames.flatten(0, 1).to(self.first_stage_model.quant_conv.weight.dtype)
+        return torch.cat([self.first_stage_model.decode(part).float() for part in flat.split(PICTURES)]).unflatten(0, frames.shape[:2])
 
     # ------------------------------------------------------------------------------------------------ conditions
 
@@ -252,16 +255,29 @@ class WorldModel(nn.Module):
         """v [b, 4, T, h, w] as a function of the chunk's noisy latents [b, 4, c, h, w] and a timestep, for all or each [b]. The context is read once."""
         unet, config = self.unet, self.config
         dtype = unet.time_embed[0].weight.dtype
-        context = unet.read_context(conditions.tokens.to(dtype))
-        constant, memory = conditions.channels().to(dtype), conditions.latent[:, :, :m].to(dtype)
-        fps, domain = (torch.full((len(constant),), value, device=self.device) for value in (config.fps, config.domain))
+        latent = conditions.latent
+        fps, domain = (torch.full((len(latent),), value, device=self.device) for value in (config.fps, config.domain))
+        inputs = Inputs(latent[:, :, :m].to(dtype), conditions.channels().to(dtype), unet.read_context(conditions.tokens.to(dtype)), fps, domain)
+        if self.accelerated is not None and not torch.is_grad_enabled():
+            return self.accelerated.network(inputs, latent[:, :, m:].shape)
 
         def call(x: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
-            full = torch.cat([torch.cat([memory, x.to(dtype)], dim=2), constant], dim=1)  # [b, 19, T, h, w]
             steps = timestep if isinstance(timestep, torch.Tensor) else torch.full((len(x),), timestep, device=self.device)
-            return unet(full, steps, context, fps, domain, x.shape[2])
+            return denoise(unet, inputs, x, steps)
 
         return call
+
+    def accelerate(self, mode: Acceleration) -> None:
+        """Run the network through CUDA graphs ("graph"), and compiled ("compile"); the weights must stay where they are from now on. "off" undoes it."""
+        if mode not in get_args(Acceleration):
+            raise ValueError(f"acceleration must be one of {', '.join(get_args(Acceleration))}, not {mode!r}")
+        if mode != "off" and self.device.type != "cuda":
+            raise ValueError(f"acceleration {mode!r} needs a GPU; this world model lies on the {self.device.type}. Give device='cuda', or acceleration='off'")
+        if mode == "compile":
+            for part in (self.unet, self.first_stage_model):
+                part.to(memory_format=torch.channels_last)  # the compiled layers then hardly move anything
+        self.first_stage_model.compiled = torch.compile(self.first_stage_model.decoder.forward, dynamic=False) if mode == "compile" else None
+        self.accelerated = None if mode == "off" else Accelerated(self.unet, mode)
 
     @torch.no_grad()
     def imagine(self, conditions: Conditions, steps: Steps, noise: torch.Tensor, step_noise: torch.Tensor | None = None, guidance: float = 1.0) -> torch.Tensor:

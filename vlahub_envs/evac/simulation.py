@@ -20,6 +20,7 @@ from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
 from vlahub.simulation import Outcomes, Simulation, check_options
 from vlahub_envs.evac import checkpoint, conditioning, start_states
+from vlahub_envs.evac.acceleration import Acceleration
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Solver
 from vlahub_envs.evac.start_states import StartState, StartStates
@@ -114,6 +115,7 @@ class Imagination:
         clean_end: see Schedule.steps. By default on below 50 steps, where the published ending visibly fades the picture.
         threshold: probability from which a frame counts as a success.
         max_batch: worlds that are imagined at once; larger batches are split. None: all.
+        acceleration: on a GPU, "graph" replays the network as CUDA graphs, "compile" compiles it as well, which takes minutes at the first chunk.
     """
 
     stops = True  # do worlds stop at success and at the time limit? (quirks.py: no)
@@ -132,6 +134,7 @@ class Imagination:
         clean_end: bool | None = None,
         threshold: float = 0.5,
         max_batch: int | None = None,
+        acceleration: Acceleration = "off",
     ):
         if not isinstance(model, WorldModel):
             path = checkpoint.find(model)
@@ -155,6 +158,7 @@ class Imagination:
         eta = (config.eta if solver == config.solver else 0.0) if eta is None else eta
         self.steps = self.model.schedule.steps(calls, eta, calls < 50 if clean_end is None else clean_end, solver)
         self.threshold, self.max_batch = threshold, max_batch
+        self.model.accelerate(acceleration)
         self.rays = self.model.camera_rays()
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from vlahub_envs.evac.checkpoint import cast
 from vlahub_envs.evac.conditioning import mujoco_camera
 from vlahub_envs.evac.model import PICTURES, Conditions, WorldModel, WorldModelConfig, tiny_config
 from vlahub_envs.evac.simulation import Imagination, draw_maps
@@ -197,8 +198,7 @@ def main() -> None:
                 if batch in (args.batches[0], args.batches[-1]) and not late():
                     show(way="plain bf16 autocast" if autocast else "plain float32", batch=batch, steps=STEPS, **plain(model, batch, device, autocast))
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        for part in (model.model, model.first_stage_model, model.cond_stage_model, model.embedder, model.image_proj_model):
-            part.to(dtype)
+        cast(model, dtype)
         starts = starts_for(config)
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -63,7 +63,7 @@ def list_cards(id: tyro.conf.Positional[str] = "", json: tyro.conf.FlagCreatePai
         id: an environment, policy or family; its whole card is shown.
         json: for machines.
     """
-    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES}
+    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES, "weights": catalog.WEIGHTS}
     if id:
         found = [(kind, cards[id]) for kind, cards in kinds.items() if id in cards]
         if not found:
@@ -137,6 +137,8 @@ def _show_all() -> None:
     for family in catalog.FAMILIES.values():
         mine = {name: card for name, card in catalog.POLICIES.items() if card.family == family.name}
         show(f"Policies of the family {family.name}: {family.summary}", mine)
+    if catalog.WEIGHTS:
+        show("World models", catalog.WEIGHTS)
     console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.", soft_wrap=True)
 
 
@@ -147,7 +149,8 @@ def _trained_for(card: Any) -> str:
 
 
 def _with_fix(card: Any) -> str:
-    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "")
+    asks = getattr(card, "asks", "")
+    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "") + (f" (needs {asks})" if asks else "")
 
 
 def _plain(text: Any) -> Any:

@@ -174,6 +174,8 @@ class Run:
         """This rank's environments, in two halves that alternate where there are processes for both."""
         options = key_values("env-options", self.args.env_options)
         options |= {"max_steps": self.args.max_steps} if self.args.max_steps else {}
+        if catalog.env_card(self.args.env_id).vector != catalog.EnvCard.vector:  # one batch on this rank's device: no processes, no halves
+            return make(self.args.env_id, num_envs=count, **options)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
         return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)

@@ -76,7 +76,7 @@ def load(
     Args:
         name: a local folder (or one published file), or "user/name" on the hub.
         suite: the folder of the weights where a repository has several, "libero_spatial" for example.
-        dtype: of the world model's weights; classifier and converter stay in float32, because they are small and decide rewards and poses.
+        dtype: of the world model's weights; see `cast`.
         options: entries of WorldModelConfig to override. Entries that size a tensor must agree with the weights.
         revision, cache_dir, force_download, local_files_only, token: as in huggingface_hub.
     """
@@ -108,10 +108,13 @@ def save(model: WorldModel, folder: str | Path, dtype: torch.dtype | None = None
 def empty_model(config: WorldModelConfig, dtype: torch.dtype | None = None) -> WorldModel:
     """A model without storage, to be filled by a checkpoint."""
     with torch.device("meta"):
-        model = WorldModel(config)
-    if dtype is not None:
-        for part in (model.model, model.first_stage_model, model.cond_stage_model, model.embedder, model.image_proj_model):
-            part.to(dtype)
+        return cast(WorldModel(config), dtype)
+
+
+def cast(model: WorldModel, dtype: torch.dtype | None) -> WorldModel:
+    """The world model's weights in another dtype; classifier and converter stay as they are, because they are small and decide rewards and poses."""
+    for part in (model.model, model.first_stage_model, model.cond_stage_model, model.embedder, model.image_proj_model):
+        part.to(dtype)
     return model
 
 

@@ -188,6 +188,10 @@ class WorldModel(nn.Module):
         flat = frames.flatten(0, 1).to(self.first_stage_model.quant_conv.weight.dtype)
         return torch.cat([self.first_stage_model.decode(part).float() for part in flat.split(PICTURES)]).unflatten(0, frames.shape[:2])
 
+    def success(self, frames: torch.Tensor) -> torch.Tensor:
+        """Images [b, n, 3, H, W] -> probability that the task is solved in each, float32 [b, n]"""
+        return torch.cat([self.reward_model(part) for part in frames.flatten(0, 1).split(PICTURES)]).float().sigmoid().view(frames.shape[:2])
+
     # ------------------------------------------------------------------------------------------------ conditions
 
     def image_tokens(self, images: torch.Tensor) -> torch.Tensor:

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vlahub import catalog
 from vlahub.env import Episode
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
 from vlahub.simulation import Outcomes, Simulation, check_options
-from vlahub_envs.evac import checkpoint, conditioning, start_states
+from vlahub_envs.evac import OWN_WEIGHTS, SUITES, Suite, checkpoint, conditioning, start_states
 from vlahub_envs.evac.acceleration import Acceleration
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Solver
 from vlahub_envs.evac.start_states import StartState, StartStates
 
+KEPT_STARTS = 256  # start states of a simulator that are remembered
 FINGER = 0.04  # m, position of each finger of LIBERO's gripper when fully open
 OPTIONS = {
     "task": "number of the task",
@@ -40,9 +42,9 @@ def interface_of(config: WorldModelConfig) -> Interface:
     return Interface(
         main=Camera("agentview", config.height, config.width, turned=180),
         state=(
-            Field("position", 3, "m", frame="world"),
-            Field("rotation", 3, "rad", rotation="axis_angle", frame="world"),
-            Field("fingers", 2, "m"),
+            Field("position", 3, "m", frame="world", low=-3, high=3),
+            Field("rotation", 3, "rad", rotation="axis_angle", frame="world", low=-6.3, high=6.3),
+            Field("fingers", 2, "m", low=-0.1, high=0.1),
         ),
         action=(
             Field("position", 3, "1", reference="delta", frame="world", low=-1, high=1),
@@ -82,18 +84,23 @@ def pose_of(state: np.ndarray, config: WorldModelConfig) -> np.ndarray:
     return np.concatenate([state[:3], np.sin(angle / 2) * axis, [np.cos(angle / 2), gripper]]).astype(np.float32)
 
 
-def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, seed: int = 0) -> StartStates:
-    """The initial states of a simulation with this interface (LIBERO's), as start states: `trials` of every task."""
+def check_states(simulation: Simulation, config: WorldModelConfig) -> None:
     if [(field.name, field.size) for field in simulation.interface.state] != [(field.name, field.size) for field in interface_of(config).state]:
         raise ValueError(f"start states need LIBERO's state (position, rotation, fingers), not {', '.join(f.name for f in simulation.interface.state)}")
-    found = []
-    for task in range(simulation.tasks):
-        for trial in range(trials):
-            simulation.reset(seed, {"task": task, "trial": trial})
-            seen = simulation.observe()
-            found.append(StartState(np.array(seen["main_images"]), pose_of(seen["states"], config), seen["task_descriptions"], task, trial))
-            found[-1].check(config.height, config.width)
-    return StartStates(found)
+
+
+def start_of(simulation: Simulation, config: WorldModelConfig, seed: int, options: Mapping[str, Any]) -> StartState:
+    """How an episode of a simulation with this interface begins."""
+    info, seen = simulation.reset(seed, options), simulation.observe()
+    start = StartState(np.array(seen["main_images"]), pose_of(seen["states"], config), seen["task_descriptions"], info["task"], info["trial"])
+    start.check(config.height, config.width)
+    return start
+
+
+def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, seed: int = 0) -> StartStates:
+    """The initial states of a simulation with this interface (LIBERO's), as start states: `trials` of every task."""
+    check_states(simulation, config)
+    return StartStates([start_of(simulation, config, seed, {"task": task, "trial": trial}) for task in range(simulation.tasks) for trial in range(trials)])
 
 
 def draw_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
@@ -103,13 +110,30 @@ def draw_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
     return np.stack([conditioning.trajectory_map(np.concatenate([pose, pose]), *camera) for pose in poses])
 
 
+class SimulatedStarts:
+    """The initial states of a simulator with this interface (LIBERO's), computed when they are asked for: the same seed, task and trial start the same episode there
+    and here."""
+
+    def __init__(self, env_id: str, config: WorldModelConfig):
+        self.simulation = catalog.make_simulation(env_id, camera_size=(config.height, config.width), wrist=False)
+        self.config, self.tasks, self.trials = config, self.simulation.tasks, self.simulation.trials
+        check_states(self.simulation, config)
+        self.choose = lru_cache(KEPT_STARTS)(self._choose)  # equal starts are one object, and are encoded once
+
+    def _choose(self, seed: int, task: int | None = None, trial: int | None = None) -> StartState:
+        chosen = {name: value for name, value in (("task", task), ("trial", trial)) if value is not None}
+        return start_of(self.simulation, self.config, seed, chosen)
+
+
 class Imagination:
     """The model and how it is sampled; shared by all worlds of a batch.
 
     Args:
-        model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
-        starts: a collection of start states, or the path of one; by default the file that lies beside the weights. Without any, every reset needs a start by hand.
-        suite, device, dtype: which weights of the repository, and where and in what they run, if the model is loaded here.
+        model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes; by default the bundled weights of the suite.
+        starts: a collection of start states, the path of one, or the id of the simulator whose initial states they are ("vlahub/LIBERO-Spatial"). By default the file
+            that lies beside the weights, else the suite's simulator. Without any, every reset needs a start by hand.
+        suite: which weights of a repository that holds several; the registered ids set it.
+        device, dtype: where and in what the model runs, if it is loaded here; "auto" is a GPU if there is one.
         denoising_steps, solver, eta: network calls per chunk, "ddim" or "dpm", and how much fresh noise every call adds (the published environment: 50, "ddim", 1);
             what the model's config says where they are None.
         clean_end: see Schedule.steps. By default on below 50 steps, where the published ending visibly fades the picture.
@@ -122,11 +146,11 @@ class Imagination:
 
     def __init__(
         self,
-        model: WorldModel | str | Path,
-        starts: StartStates | str | Path | None = None,
+        model: WorldModel | str | Path | None = None,
+        starts: StartStates | SimulatedStarts | str | Path | None = None,
         *,
         suite: str = "",
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         dtype: torch.dtype | None = None,
         denoising_steps: int | None = None,
         solver: Solver | None = None,
@@ -136,10 +160,15 @@ class Imagination:
         max_batch: int | None = None,
         acceleration: Acceleration = "off",
     ):
+        known = SUITES.get(suite, Suite(""))
+        model = model or known.weights
+        if not model:
+            raise ValueError(f"an imagined environment needs a world model{f' of {suite}, and none ships' if suite else ''}: give {OWN_WEIGHTS}")
         if not isinstance(model, WorldModel):
             path = checkpoint.find(model)
             beside = path / start_states.FILE
             starts = beside if starts is None and beside.exists() else starts
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             model = checkpoint.load(path, suite=suite, device=device, dtype=dtype)
         self.model, self.config = model, model.config
         config = self.config
@@ -150,9 +179,7 @@ class Imagination:
             raise ValueError(f"threshold must lie between 0 and 1, not {threshold!r}")
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, not {max_batch!r}")
-        self.starts = start_states.read(starts) if isinstance(starts, (str, Path)) else starts
-        for state in self.starts or ():
-            state.check(config.height, config.width)
+        self.starts = self._starts(known.simulator or None if starts is None else starts)
         calls = config.denoising_steps if denoising_steps is None else denoising_steps
         solver = solver or config.solver
         eta = (config.eta if solver == config.solver else 0.0) if eta is None else eta
@@ -160,6 +187,14 @@ class Imagination:
         self.threshold, self.max_batch = threshold, max_batch
         self.model.accelerate(acceleration)
         self.rays = self.model.camera_rays()
+
+    def _starts(self, given: StartStates | SimulatedStarts | str | Path | None) -> StartStates | SimulatedStarts | None:
+        if isinstance(given, str) and given in catalog.ENVS:
+            return SimulatedStarts(given, self.config)
+        found = start_states.read(given) if isinstance(given, (str, Path)) else given
+        for state in found if isinstance(found, StartStates) else ():
+            state.check(self.config.height, self.config.width)
+        return found
 
     @torch.no_grad()
     def advance(self, worlds: Sequence[Evac], actions: Sequence[np.ndarray]) -> None:
@@ -193,7 +228,7 @@ class Imagination:
         if not latents.isfinite().all():
             raise FloatingPointError(f"the world model gave numbers that are not finite, in {model.unet.out[2].weight.dtype}; try dtype=torch.float32")
         frames = model.decode(latents)  # [k, c, 3, H, W]
-        probability = model.reward_model(frames.flatten(0, 1)).sigmoid().view(frames.shape[:2]).cpu().numpy()
+        probability = model.success(frames).cpu().numpy()
         pictures = to_uint8(frames).permute(0, 1, 3, 4, 2).cpu().numpy()
         for i, (world, given) in enumerate(zip(worlds, actions, strict=True)):
             n = len(given)

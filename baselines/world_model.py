@@ -51,7 +51,7 @@ from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows, ti
 from vlahub_envs.evac.simulation import Imagination, draw_maps, interface_of, pose_of, to_uint8, upright
 from vlahub_envs.evac.start_states import StartState, StartStates
 
-STAGES = ("autoencoder", "converter", "video", "classifier")
+STAGES = {"autoencoder": 0.2, "converter": 0.07, "video": 0.63, "classifier": 0.1}  # and their shares of --seconds
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Args:
     chunk: int = 8
     """of a fresh model: frames imagined at a time"""
 
+    seconds: float = 0.0
+    """time for all stages together: each ends with its share of it, if that comes before its iterations are done; 0: no limit"""
     autoencoder_iterations: int = 6000
     """optimizer steps of the autoencoder; 0 leaves a stage out"""
     converter_iterations: int = 6000
@@ -132,7 +134,7 @@ class Args:
     """chunks imagined for the classifier's training"""
 
     held_out: float = 0.1
-    """share of episodes kept for the report"""
+    """share of starts (task and trial) whose episodes are kept for the report"""
     report_episodes: int = 20
     """held-out episodes that are imagined"""
     report_chunks: int = 8
@@ -171,7 +173,7 @@ class Episodes:
 
 
 def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episodes:
-    """Read the datasets. `held_out` of every dataset's episodes are kept for the report."""
+    """Read the datasets. `held_out` of all starts (task and trial, where the recordings tell; else episodes) are kept for the report, with every episode from them."""
     parts: dict[str, list] = {name: [] for name in ("frames", "poses", "actions", "solved", "first", "last", "held_out")}
     episodes, texts, numbers, start = [], [], [], 0
     for folder in folders:
@@ -193,8 +195,7 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         poses = np.stack([pose_of(state, config) for state in data.states])
         after = data.column("next.success").astype(bool)
         recorded = _recorded_numbers(Path(folder))
-        kept = np.random.default_rng([seed, len(episodes)]).permutation(len(data.episodes)) < round(held_out * len(data.episodes))
-        for i, entry in enumerate(data.episodes):
+        for entry in data.episodes:
             rows = slice(entry.start, entry.start + entry.length)
             turn = np.sign(np.where((dots := (poses[rows][1:, 3:7] * poses[rows][:-1, 3:7]).sum(-1)) == 0, 1, dots))
             poses[rows, 3:7] *= np.cumprod(np.concatenate([[1], turn]))[:, None]  # q and -q are one rotation: the sign that continues the last frame's
@@ -202,13 +203,16 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
             for name, values in (("first", entry.start), ("last", entry.start + entry.length - 1)):
                 parts[name].append(np.full(entry.length, start + values))
             parts["solved"].append(solved)
-            parts["held_out"].append(np.full(entry.length, kept[i]))
             episodes.append(range(start + entry.start, start + entry.start + entry.length))
             texts.append(data.texts[entry.start])
             numbers.append(recorded.get(entry.index))
         for name, values in (("frames", frames), ("poses", poses), ("actions", data.actions)):
             parts[name].append(values)
         start += len(data)
+    keys: list = [number if number is not None else -1 - i for i, number in enumerate(numbers)]
+    unique = list(dict.fromkeys(keys))
+    kept = {unique[i] for i in np.random.default_rng(seed).permutation(len(unique))[: round(held_out * len(unique))]}
+    parts["held_out"] = [np.full(len(frames), key in kept) for frames, key in zip(episodes, keys, strict=True)]
     found = Episodes(**{name: np.concatenate(values) for name, values in parts.items()}, episodes=episodes, texts=texts, numbers=numbers)
     if not found.solved.any():
         raise DatasetError("no frame of these datasets shows a solved task, so the classifier has nothing to find: record successes with --after 8")
@@ -266,33 +270,38 @@ class Stage:
         loss_of: Callable[[np.random.Generator], torch.Tensor],
         after: Callable[[int], None] = lambda i: None,
     ) -> None:
-        """`NAME_iterations` steps of AdamW on `loss_of(rng)`, with a linear warm-up over 2 % and a cosine to zero."""
+        """`NAME_iterations` steps of AdamW on `loss_of(rng)`, with a linear warm-up over 100 steps and a cosine to zero."""
         args, count, peak = self.args, getattr(self.args, f"{name}_iterations"), getattr(self.args, f"{name}_rate")
         trained = list(parameters)
         for parameter in trained:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay, betas=(0.9, 0.99), fused=self.ranks.device.type == "cuda")
         print0(f"{name}: {sum(p.numel() for p in trained):,} parameters, {count} iterations")
-        warmup, losses, started, skipped = max(1, count // 50), [], time.perf_counter(), 0
-        torch.manual_seed(args.seed + 1000 * STAGES.index(name) + self.ranks.rank)
+        losses, started, bad, progress, limit = [], time.perf_counter(), 0, 0.0, args.seconds * STAGES[name]
+        torch.manual_seed(args.seed + 1000 * list(STAGES).index(name) + self.ranks.rank)
         for iteration in range(count):
-            rate = peak * min((iteration + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * iteration / count))
+            if iteration % 10 == 0:  # the first rank's clock holds for all
+                elapsed = distributed.on_rank0(lambda: time.perf_counter() - started) if limit else 0.0
+                progress = max(iteration / count, elapsed / limit if limit else 0.0)
+            if progress >= 1:
+                break
+            rate = peak * min((iteration + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * progress))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with self.autocast():
-                loss = loss_of(self.rng(STAGES.index(name), iteration))
+                loss = loss_of(self.rng(list(STAGES).index(name), iteration))
             loss.backward()
             distributed.average_gradients(trained)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             if iteration % 10 == 0 and not torch.isfinite(norm):  # a look at a value waits for the GPU, so not at every step
-                skipped += 1
-                if skipped > 5:
+                bad += 1
+                if bad > 5:
                     raise FloatingPointError(f"{name}: gradients are not finite; lower --{name}-rate, or switch --bf16 off")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             after(iteration)
             losses.append(loss.detach())
-            if (iteration + 1) % args.log_every == 0 or iteration + 1 == count:
+            if (iteration + 1) % args.log_every == 0:
                 mean = distributed.total(torch.stack(losses).mean()).item() / self.ranks.world
                 self.tracker.log(iteration + 1, {f"world/{name}_loss": mean, f"time/{name}": time.perf_counter() - started})
                 losses = []

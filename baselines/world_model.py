@@ -364,7 +364,7 @@ def train_converter(stage: Stage) -> None:
         at = torch.from_numpy(rng.choice(starts, batch)).to(device)
         with torch.autocast(device.type, enabled=False):  # bfloat16 has no millimetres
             reached = converter.chain(actions[at[:, None] + steps], poses[at])
-            return F.smooth_l1_loss(reached / converter.abs_action_std, poses[at[:, None] + 1 + steps] / converter.abs_action_std, beta=0.1)
+            return F.smooth_l1_loss(reached / converter.abs_action_std, poses[at[:, None] + 1 + steps] / converter.abs_action_std, beta=0.01)
 
     stage.fit("converter", converter.parameters(), loss_of)
     converter.eval()

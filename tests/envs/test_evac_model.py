@@ -148,12 +148,34 @@ def oracle(schedule: Schedule, latents: torch.Tensor):
     return predict
 
 
-@pytest.mark.parametrize(("count", "eta"), [(1, 0.0), (5, 0.0), (20, 1.0), (25, 1.0), (50, 1.0)])
-def test_a_perfect_network_is_sampled_exactly(count, eta):
+@pytest.mark.parametrize(
+    ("count", "eta", "solver"), [(1, 0.0, "ddim"), (5, 0.0, "ddim"), (20, 1.0, "ddim"), (25, 1.0, "ddim"), (50, 1.0, "ddim"), (1, 0.0, "dpm"), (8, 0.0, "dpm")]
+)
+def test_a_perfect_network_is_sampled_exactly(count, eta, solver):
     schedule, latents = Schedule(ScheduleConfig()), torch.randn(2, 4, 3, 2, 2)
     noise, later = torch.randn(latents.shape), torch.randn(count, *latents.shape)
-    found = sample(oracle(schedule, latents), schedule.steps(count, eta, clean_end=True), noise, later)
+    found = sample(oracle(schedule, latents), schedule.steps(count, eta, True, solver), noise, later)
     torch.testing.assert_close(found, latents, atol=2e-5, rtol=1e-4)
+
+
+def test_the_second_order_solver_needs_fewer_steps():
+    """Latents that are standard Gaussian: the best prediction is known, and the exact way from noise to latents changes nothing."""
+    schedule, noise = Schedule(ScheduleConfig()), torch.ones(1, 1, 1, 1, 1)
+
+    def predict(x: torch.Tensor, step: int) -> torch.Tensor:
+        abar, scale = float(schedule.alphas_cumprod[step]), float(schedule.scale[step])
+        signal, sigma = abar**0.5 * scale, (1 - abar) ** 0.5
+        latents = signal / (signal**2 + sigma**2) * x
+        return schedule.noised(latents, (x - signal * latents) / sigma, torch.full((1,), step))[1]
+
+    def error(steps: int, solver: str) -> float:
+        return abs(float(sample(predict, schedule.steps(steps, 0.0, True, solver), noise)) - 1)
+
+    assert error(10, "dpm") < 0.5 * error(10, "ddim") and error(40, "dpm") < 0.25 * error(10, "dpm")
+    with pytest.raises(ValueError, match="be 0 with the solver 'dpm'"):
+        schedule.steps(10, 1.0, True, "dpm")
+    with pytest.raises(ValueError, match="solver must be one of ddim, dpm"):
+        schedule.steps(10, 0.0, True, "euler")
 
 
 @pytest.mark.parametrize(("count", "shrink"), [(50, 0.986), (27, 0.973), (10, 0.926), (5, 0.85)])

@@ -151,7 +151,7 @@ class Imagination:
         *,
         suite: str = "",
         device: torch.device | str = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         denoising_steps: int | None = None,
         solver: Solver | None = None,
         eta: float | None = None,
@@ -168,6 +168,10 @@ class Imagination:
             path = checkpoint.find(model)
             beside = path / start_states.FILE
             starts = beside if starts is None and beside.exists() else starts
+            if isinstance(dtype, str):  # from a command line
+                dtype = getattr(torch, dtype, None)
+            if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', not {dtype!r}")
             device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             model = checkpoint.load(path, suite=suite, device=device, dtype=dtype)
         self.model, self.config = model, model.config

@@ -174,7 +174,10 @@ class ScriptedExpert:
         slides = self.model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE
         if slides:
             out = axis * np.sign(self.data.qpos[self.model.jnt_qposadr[joint]] - goal)
-            orientations = [(np.stack([[0, 0, 1.0], np.cross(out, [0, 0, 1.0]), out], axis=1), 0.0), (np.stack([[0, 0, -1.0], np.cross(out, [0, 0, -1.0]), out], axis=1), 0.0)]
+            orientations = [
+                (np.stack([[0, 0, 1.0], np.cross(out, [0, 0, 1.0]), out], axis=1), 0.0),
+                (np.stack([[0, 0, -1.0], np.cross(out, [0, 0, -1.0]), out], axis=1), 0.0),
+            ]
         else:
             orientations = self._from_above(body)
         grasp = self._grasp(np.array([body]), self.data.xipos[body], orientations)

@@ -291,7 +291,8 @@ def main() -> None:
         from vlahub_policies.parts import kernels
 
         best = json.loads(options.tiles.read_text())["best"]
-        kernels.ATTENTION = tuple(best.pop("attention"))
+        kernels.ATTENTION, overlap = tuple(best.pop("attention")), best.pop("overlap")
+        kernels._overlaps = lambda device: overlap
         kernels.TILES = {name: kernels.Tile(**tile) for name, tile in best.items()}
     batches = (1, 2) if options.tiny else options.batches
     for model in options.models:

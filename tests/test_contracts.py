@@ -10,16 +10,19 @@ from vlahub import catalog
 from vlahub.interface import Interface
 from vlahub.observation import select, stack, validate
 
-# LIBERO's suites are one class with other lists of tasks, and each compiled task takes a second: the first suite stands for all. The twin's real cell
-# is the twin with other numbers (tests/envs/test_twin.py). Ids that ask for weights are tested with the weights that their family's tests make
-STANDS_FOR_ITS_KIND = {"libero": "vlahub/LIBERO-Spatial", "twin": "vlahub/Twin-PickPlace"}
+# The twin's real cell is the twin with other numbers (tests/envs/test_twin.py). Ids that ask for weights are tested with the weights that their family's
+# tests make
+STANDS_FOR_ITS_KIND = {"twin": "vlahub/Twin-PickPlace"}
 IDS = [env_id for env_id, card in catalog.ENVS.items() if env_id == STANDS_FOR_ITS_KIND.get(card.family, env_id) and not card.asks]
+# LIBERO's suites differ in their tasks, and to compile one takes half a second: Spatial draws its tasks here, of the others one task is made, each another one
+LIBERO_TASK = {"Spatial": None, "Object": 3, "Goal": 7, "10": 2, "90": 89, "130": 129}
+OPTIONS = {f"vlahub/LIBERO-{suite}": {"task": task, "camera_size": (64, 64)} for suite, task in LIBERO_TASK.items()}
 
 
 # Building a world takes seconds, so the tests of one id share one. The group keeps them in one process under pytest-xdist.
 @pytest.fixture(scope="module", params=[pytest.param(env_id, marks=pytest.mark.xdist_group(env_id)) for env_id in IDS])
 def env(request):
-    env = gym.make(request.param, render_mode="rgb_array")
+    env = gym.make(request.param, render_mode="rgb_array", **OPTIONS.get(request.param, {}))
     yield env
     env.close()
     env.close()  # closing twice is allowed

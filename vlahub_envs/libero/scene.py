@@ -20,6 +20,8 @@ from vlahub_envs.libero.upstream import LiberoTask
 CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> the model's
 # all of MjData that drawing reads
 SEEN = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+# Bytes of prepared meshes and textures that MuJoCo may keep for the next compilation. The robot takes 79 MB; every task needs it, and to prepare it takes 0.6 s.
+MESHES = 100 * 2**20
 HIDDEN = 5  # a group of geoms that is not drawn
 MAX_PLACEMENTS = 100  # rejection sampling of start poses fails once in a while; so often only if a region is too small
 
@@ -35,6 +37,7 @@ class Scene:
 
         libero.libero._assets_path_cache = str(assets)  # where libero looks first
         domain = libero.domains[bddl_utils.get_problem_info(str(task.bddl))["problem_name"]]
+        mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), MESHES)
         with _own_randomness(0):  # construction places objects once
             self.env = domain(
                 str(task.bddl),
@@ -129,8 +132,7 @@ class Scene:
 
 
 def _free_what_compiling_left() -> None:
-    """Meshes and textures, which MuJoCo keeps in case they are compiled again, and the heap that compiling leaves behind."""
-    mujoco.mj_clearCache(mujoco.mj_getCache())
+    """The heap that compiling needed."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)

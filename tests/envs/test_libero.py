@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import vlahub
+from vlahub import catalog
 from vlahub_envs.libero import assets, standins, upstream
 from vlahub_envs.libero.scene import axis_angle
 from vlahub_envs.libero.simulation import PROTOCOLS, Libero
@@ -225,6 +226,7 @@ def test_protocols():
     limits = {name: [protocol.max_steps[suite] for suite in ("Spatial", "Object", "Goal", "10", "90")] for name, protocol in PROTOCOLS.items()}
     assert limits["openvla"] == limits["openpi"] == [220, 280, 300, 520, 400]
     assert limits["lerobot"] == [280, 280, 300, 520, 400] and limits["rlinf"] == [240, 240, 320, 512, 512]
+    assert all(catalog.env_card(f"vlahub/LIBERO-{suite}").protocols == tuple(PROTOCOLS) for suite in upstream.SUITES)
     assert (PROTOCOLS["openvla"].settle, PROTOCOLS["rlinf"].settle) == (10, 15)
     assert Libero("Goal", protocol="rlinf", **SMALL).max_steps == 320
 

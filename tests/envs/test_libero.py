@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import itertools
 import os
 import pickle
@@ -17,6 +18,7 @@ import pytest
 import vlahub
 from vlahub import catalog
 from vlahub_envs.libero import assets, standins, upstream
+from vlahub_envs.libero import scene as scenes
 from vlahub_envs.libero.scene import axis_angle
 from vlahub_envs.libero.simulation import PROTOCOLS, Libero
 from vlahub_policies.parts import robots
@@ -327,6 +329,41 @@ def test_no_gl_says_what_to_install(monkeypatch):
     monkeypatch.setattr(upstream.ctypes.util, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match=r"no OpenGL library for egl or osmesa.*libegl1"):
         upstream.choose_gl()
+
+
+def test_a_context_that_cannot_be_made_names_its_backend(monkeypatch):
+    module = importlib.import_module(f"mujoco.{upstream.choose_gl()}")
+
+    def refuse(width, height):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(module, "GLContext", refuse)
+    with pytest.raises(RuntimeError, match=rf"{upstream.choose_gl()} was tried \(RuntimeError: no driver\).*MUJOCO_GL=.*apt-get install"):
+        scenes._gl_context.__wrapped__(0)
+
+
+def test_a_lost_context_is_an_error_and_the_end_of_a_worker(env, monkeypatch):
+    env.reset(seed=0, options={"task": BOWL_ON_STOVE})
+    painter, left = env.simulation.scene.painter, []
+    monkeypatch.setattr(scenes.mujoco, "mjr_getError", lambda: 0x507)
+    with pytest.raises(RuntimeError, match="lost its OpenGL context.*0x507"):
+        env.render()
+    monkeypatch.undo()
+
+    class Lost:
+        def make_current(self):
+            raise RuntimeError("Failed to make the EGL context current.")
+
+    monkeypatch.setattr(painter, "gl", Lost())
+    with pytest.raises(RuntimeError, match="lost its OpenGL context.*Failed to make"):
+        env.render()
+    monkeypatch.setattr(scenes.worker, "serving", True)
+    monkeypatch.setattr(scenes.os, "_exit", left.append)
+    with pytest.raises(RuntimeError):  # where os._exit comes back
+        env.render()
+    assert left == [1]
+    monkeypatch.undo()
+    assert env.render().std() > 0
 
 
 def test_making_one_is_silent_and_needs_no_home():

@@ -99,6 +99,8 @@ class Args:
     """discount per chunk or action, whichever advantage_level says"""
     gae_lambda: float = 0.95
     """lambda of GAE"""
+    bootstrap_time_limit: bool = True
+    """a time limit is not an end: the value of the last observation stands for what would follow. False where being done in time is the task"""
     advantage_level: Literal["chunk", "action"] = "chunk"
     """one advantage per chunk, or one per action (needs a critic with one value per action)"""
     ratio_level: Level = "chunk"
@@ -160,9 +162,10 @@ def gae(
 def advantages_of(rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(advantage, return, mask): per chunk [K, B], or per action [K, B, N]."""
     K, B, N = rollout.reward.shape
+    cut_value = rollout.cut_value * args.bootstrap_time_limit
     if args.advantage_level == "chunk":
         terminated, cut = rollout.terminated.any(2), rollout.truncated.any(2)
-        steps = (rollout.reward.sum(2), rollout.value[..., 0], rollout.next_value, terminated, cut, rollout.cut_value)
+        steps = (rollout.reward.sum(2), rollout.value[..., 0], rollout.next_value, terminated, cut, cut_value)
         return *gae(*steps, args.gamma, args.gae_lambda), rollout.row >= 0
 
     def in_time(grid: torch.Tensor) -> torch.Tensor:  # [K, B, N] -> [K * N, B]
@@ -170,7 +173,7 @@ def advantages_of(rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Ten
 
     # Actions after an episode's end lie between its last step and the next episode's first; the end cuts the sum before it reaches them.
     value = in_time(rollout.value[..., :N])
-    cut_value = in_time(rollout.cut_value[..., None].expand(K, B, N))
+    cut_value = in_time(cut_value[..., None].expand(K, B, N))
     steps = (in_time(rollout.reward), value, rollout.next_value, in_time(rollout.terminated), in_time(rollout.truncated), cut_value)
     advantage, returns = gae(*steps, args.gamma, args.gae_lambda)
     return advantage.view(K, N, B).transpose(1, 2), returns.view(K, N, B).transpose(1, 2), rollout.valid

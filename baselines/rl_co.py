@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `baselines
 from baselines import ppo
 from baselines.ppo import advantages_of, critic_loss, minibatches, surrogate
 from vlahub import distributed
-from vlahub.dataset import Dataset, DatasetError, Loader
+from vlahub.dataset import Dataset, Loader, fitting
 from vlahub.distributed import Ranks, print0
-from vlahub.interface import Fit, InterfaceError, check
+from vlahub.interface import Fit
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Rollout, SeedStream, reduce_log_prob
 from vlahub.run import Run, advice, arguments, divides, serve_envs
@@ -44,6 +44,8 @@ class Args(ppo.Args):
     """add the supervised loss; without it this is plain PPO"""
     real_dataset: tuple[str, ...] = ()
     """folders of LeRobot datasets (v2.1 or v3.0) with the real robot's demonstrations"""
+    real_weights: tuple[float, ...] = ()
+    """how often each of them is drawn from; by default all frames of all datasets count alike"""
     sft_loss_weight: float = 0.2
     """beta, the weight of the supervised loss"""
     sft_batch_size: int = 16
@@ -84,34 +86,9 @@ def real_data(args: Args, policy: Policy, ranks: Ranks) -> tuple[Loader, Fit]:
     """The real robot's frames, as the policy expects them. What does not fit is an error that names the dataset and the field."""
     first = Dataset(args.real_dataset[0])
     datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.real_dataset]
-    wants, fits = policy.interface, []
-    for dataset in datasets:
-        if dataset.interface is not None:
-            try:
-                fits.append(check(dataset.interface, policy))
-            except InterfaceError as error:
-                raise DatasetError(f"--real-dataset {dataset.folder} (here 'the environment') and --policy {args.policy}: {error}") from error
-            continue
-        # somebody else's dataset does not say what its numbers mean, but how many there are can be compared
-        columns, cameras = dataset.columns, 1 + len(wants.wrists) + len(wants.extras) - len(wants.optional_cameras)
-        problems = []
-        if wants.state and dataset.states.shape[1] != wants.state_dim:
-            problems.append(f"{columns.states!r} has {dataset.states.shape[1]} numbers, the policy's state {wants.state_dim}")
-        if dataset.actions.shape[1] != wants.action_dim:
-            problems.append(f"{columns.actions!r} has {dataset.actions.shape[1]} numbers, the policy's action {wants.action_dim}")
-        if len(columns.images) < cameras:
-            problems.append(f"there are {len(columns.images)} cameras ({', '.join(columns.images)}), the policy needs {cameras}")
-        if wants.control_hz and abs(dataset.fps - wants.control_hz) > 1e-6:
-            problems.append(f"it has {dataset.fps:g} frames a second, the policy's control rate is {wants.control_hz:g}")
-        if problems:
-            raise DatasetError(f"--real-dataset {dataset.folder} does not fit --policy {args.policy}: {'; '.join(problems)}")
-        fits.append(Fit())
-    if any(fit != fits[0] for fit in fits):
-        raise DatasetError(
-            f"the real datasets need different adapters ({', '.join(f'{d.folder}: {fit}' for d, fit in zip(datasets, fits, strict=True))}); train on those that agree"
-        )
+    fit = fitting(datasets, policy, args.policy)
     print0(f"real data: {sum(map(len, datasets))} frames in {sum(len(dataset.episodes) for dataset in datasets)} episodes")
-    return Loader(datasets, args.sft_batch_size // ranks.world, args.seed, None, ranks.rank, ranks.world, args.loader_threads), fits[0]
+    return Loader(datasets, args.sft_batch_size // ranks.world, args.seed, args.real_weights or None, ranks.rank, ranks.world, args.loader_threads), fit
 
 
 def supervised_loss(policy: Policy, loader: Loader, fit: Fit, args: Args) -> torch.Tensor:

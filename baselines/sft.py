@@ -23,9 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from vlahub import distributed
-from vlahub.dataset import Dataset, Loader
+from vlahub.dataset import Dataset, Loader, fitting
 from vlahub.distributed import Ranks, print0
-from vlahub.interface import check
 from vlahub.policy import Policy
 from vlahub.run import Run, advice, arguments, divides
 
@@ -156,9 +155,9 @@ def main(args: Args) -> None:
             )
         policy = run.load_policy(interface)
         datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.dataset]
-        fit = check(interface, policy) if interface is not None else None
         share = args.batch_size // ranks.world
         loader = Loader(datasets, share, args.seed, args.weights or None, ranks.rank, ranks.world, args.loader_threads)
+        fit = fitting(datasets, policy, args.policy)
         if args.policy.startswith("tiny:") or args.dataset_statistics:
             policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         print0(
@@ -180,7 +179,7 @@ def main(args: Args) -> None:
             policy.train()
             with run.timed("data"):
                 batch = next(loader)
-                batch = {**(fit.observation(batch) if fit else batch)}
+                batch = {**fit.observation(batch)}
             with run.timed("train"):
                 total = torch.zeros((), device=ranks.device)
                 positions = torch.arange(share) + iteration * args.batch_size + ranks.rank * share

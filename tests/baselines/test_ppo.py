@@ -63,6 +63,17 @@ def a_rollout(K=4, B=2, N=2, values=1) -> Rollout:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("level", ["chunk", "action"])
+def test_a_time_limit_may_be_an_end(level):
+    rollout = a_rollout(values=1 if level == "chunk" else 2)
+    rollout.truncated[1, 0, 1] = True
+    rollout.cut_value[1, 0] = 3.0
+    ends, goes_on = (advantages_of(rollout, Args(advantage_level=level, gamma=0.9, bootstrap_time_limit=bootstrap))[0] for bootstrap in (False, True))
+    last = (1, 0) if level == "chunk" else (1, 0, 1)
+    assert (goes_on - ends)[last].item() == pytest.approx(0.9 * 3.0)
+    assert torch.equal(goes_on[2:], ends[2:]) and torch.equal(goes_on[:, 1], ends[:, 1])
+
+
 def test_action_level_advantages_skip_what_did_not_run():
     """An episode that ends at the first of two actions: the second contributes nothing, and the next episode does not leak into it."""
     rollout = a_rollout(values=2)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import sapien
+from sapien.physx import PhysxArticulation
+from sapien.wrapper.articulation_builder import ArticulationBuilder
 from sapien.wrapper.urdf_loader import URDFLoader
 from scipy.spatial.transform import Rotation
 
@@ -105,6 +107,17 @@ def urdf() -> str:
     return text + "</robot>\n"
 
 
+def build_bodies(builder: ArticulationBuilder, world: sapien.Scene, fixed: bool) -> PhysxArticulation:
+    """The bodies that collide, in a physics world; what is seen of them is on the stage. `fixed`: the root link stays where it is."""
+    looks = [link.visual_records for link in builder.link_builders]
+    for link in builder.link_builders:
+        link.visual_records = []
+    articulation = builder.set_scene(world).build(fix_root_link=fixed)
+    for link, records in zip(builder.link_builders, looks, strict=True):
+        link.visual_records = records
+    return articulation
+
+
 class Robot:
     """The robot: drive targets in, drive targets and link poses out.
 
@@ -136,13 +149,7 @@ class Robot:
 
     def enter(self, world: sapien.Scene) -> None:
         """Stand in a physics world, at home: all arm joints 0, grippers open, at rest."""
-        looks = [link.visual_records for link in self.builder.link_builders]
-        for link in self.builder.link_builders:
-            link.visual_records = []  # this is the body that collides; what is seen of it is on the stage
-        self.builder.set_scene(world)
-        self.articulation = articulation = self.builder.build(fix_root_link=True)
-        for link, records in zip(self.builder.link_builders, looks, strict=True):
-            link.visual_records = records
+        self.articulation = articulation = build_bodies(self.builder, world, fixed=True)
         self.links = {link.name: link for link in articulation.links}
         for link in articulation.links:
             link.mass = LINK_MASS
@@ -185,6 +192,11 @@ class Robot:
     def gripper(self, side: str) -> float:
         """The commanded value of one gripper."""
         return float(self.grippers[SIDES.index(side)])
+
+    def grasp_point(self, side: str) -> np.ndarray:
+        """[3] the point between the fingers that grasps are planned for, where the physics has it."""
+        hand = self.links[f"{PREFIX[side]}_link6"].entity.pose.to_transformation_matrix()
+        return hand[:3, 3] + TCP * hand[:3, 0]
 
     def hand(self, side: str) -> np.ndarray:
         """World pose of link6 [4, 4] as commanded."""

@@ -35,7 +35,7 @@ from vlahub.distributed import Ranks, print0
 from vlahub.interface import Fit
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments, divides
+from vlahub.run import Run, advice, arguments, divides, serve_envs
 
 
 @dataclass
@@ -132,7 +132,7 @@ def update(
                 continue
             sums = torch.zeros(8, dtype=torch.float64, device=rows.device)
             micro = micro_batches_of(args, distributed.world())
-            for part in rows.tensor_split(micro):  # as many on every rank, even where aborted decisions are missing
+            for number, part in enumerate(rows.tensor_split(micro), 1):  # as many on every rank, even where aborted decisions are missing
                 weight = 1.0 if len(part) else 0.0  # a filler takes part in what all ranks do together and adds nothing
                 if not len(part):
                     part = rows[:1] if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device)
@@ -151,13 +151,16 @@ def update(
                 value_mean = (value_loss * value_mask).sum() / counts[1]
                 actor = 0.0 if warmup else policy_loss - args.entropy_coef * entropy_mean
                 ppo_loss = actor + args.value_coef * value_mean
+                supervised, last = real is not None and not warmup, number == micro
+                distributed.sync_gradients(policy, last and not supervised)
                 # Gradients are averaged over the ranks, but the sums above are divided by the counts of all ranks already.
                 (ppo_loss * distributed.world()).backward()
                 sft_loss = torch.zeros((), device=rows.device)
-                if real is not None and not warmup:
+                if supervised:
                     # a backward pass of its own: the graphs of both losses need not be in memory together
                     with run.autocast():
                         sft_loss = supervised_loss(policy, *real, args)
+                    distributed.sync_gradients(policy, last)
                     (args.sft_loss_weight * sft_loss / micro).backward()
                 with torch.no_grad():
                     log_ratio = (log_prob - old) * entry_mask
@@ -192,13 +195,16 @@ def update(
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
     check_args(args, ranks)
+    if ranks.policy_rank is not None:
+        return serve_envs(args, args.num_envs, ranks)
     run = Run("rl_co", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface, value_head=True)
         real = real_data(args, policy, ranks) if args.use_real_data_co_training else None
+        run.shard(policy)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)
         collector = Collector(env, policy, seeds, args.execute or None)
@@ -211,8 +217,7 @@ def main(args: Args) -> None:
             if run.evaluate(policy, env, iteration, counters["steps"]):
                 collector.restart()
             run.set_learning_rates(optimizer, 1 - iteration / args.total_iterations if args.anneal else 1.0)
-            with run.timed("rollout"), run.autocast():
-                policy.eval()
+            with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rollout = collector.steady(args.num_chunks)
             with run.timed("train"):
                 policy.train()

@@ -55,6 +55,10 @@ class Args:
     """auto: this rank's GPU if there is one, else the CPU"""
     bf16: bool = False
     """compute in bfloat16; weights and optimizer stay in float32"""
+    shard: bool = False
+    """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
     track: bool = False
     """also log to Weights & Biases"""
 
@@ -160,8 +164,9 @@ def main(args: Args) -> None:
             f"{sum(map(len, datasets))} frames in {sum(len(d.episodes) for d in datasets)} episodes; {sum(map(len, datasets)) / args.batch_size:.0f} iterations an epoch"
         )
 
-        optimizer = run.optimizer(policy)
         ema = copy.deepcopy(policy) if args.ema else None
+        run.shard(policy, ema)
+        optimizer = run.optimizer(policy)
         others = {"ema": ema} if ema is not None else {}
         counters = run.restore(policy, optimizer, {"iteration": 0}, others)
         loader.step = counters["iteration"]
@@ -184,6 +189,7 @@ def main(args: Args) -> None:
                     piece = {key: value[start : start + args.micro_batch_size] for key, value in batch.items()}
                     with run.autocast():
                         loss = policy.sft_loss(piece, seeds[start : start + args.micro_batch_size])
+                    distributed.sync_gradients(policy, start == parts[-1])
                     (loss / len(parts)).backward()
                     total += loss.detach() / len(parts)
                 mean = distributed.total(total).item() / ranks.world

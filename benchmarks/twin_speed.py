@@ -53,8 +53,9 @@ def stock(size: tuple[int, int]) -> gym.Env:
 
     torch.set_num_threads(1)
     logging.getLogger("mani_skill").setLevel(logging.ERROR)
-    import vlahub_envs.twin.cell  # noqa: F401  registers
     from mani_skill.utils.wrappers import CPUGymWrapper
+
+    import vlahub_envs.twin.cell  # noqa: F401  registers
 
     render = "sapien_cuda" if torch.cuda.is_available() else "sapien_cpu"
     return CPUGymWrapper(gym.make("VlahubTwinPickPlace-v1", obs_mode="rgb", reward_mode="sparse", render_backend=render, camera_size=size))
@@ -100,7 +101,9 @@ def main(args: Args) -> None:
     results = {}
     for size in sizes:
         found = results["x".join(map(str, size))] = measure(args, size)
-        print(f"  {size[0]} x {size[1]}: ours {found['ours']:.1f}, ManiSkill with a picture per step {found['ManiSkill']:.1f}: {found['ratio']:.1f} x", flush=True)
+        print(
+            f"  {size[0]} x {size[1]}: ours {found['ours']:.1f}, ManiSkill with a picture per step {found['ManiSkill']:.1f}: {found['ratio']:.1f} x", flush=True
+        )
     if args.out:
         args.out.write_text(json.dumps({"workers": args.workers, "chunk": args.chunk, "control_steps_per_second": results}, indent=2) + "\n")
 

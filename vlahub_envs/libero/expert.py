@@ -33,7 +33,12 @@ PATIENCE = 60  # steps in which a movement must have ended
 FLAT = 0.03  # m: what is lower and cannot be grasped is slid
 DOWN = np.array([0.0, 0.0, -1.0])
 
+SOLVED = ("libero_spatial", "libero_object", "libero_goal")  # suites whose every task was measured; see docs/libero.md
 START = Rotation.from_matrix([[0, 1, 0], [1, 0, 0], [0, 0, -1]])  # of the hand, at an episode's start
+
+
+class Unreachable(RuntimeError):
+    """Nothing that has to be grasped is within the arm's reach. The episode counts as unsolved."""
 
 
 class ScriptedExpert:
@@ -41,28 +46,44 @@ class ScriptedExpert:
 
     def __init__(self, simulation: Libero):
         self.simulation = simulation
-        self.arms: dict[int, Arm] = {}
+        self.failure = ""  # why it gave up, if it did
 
     def reset(self) -> None:
-        self.scene = self.simulation.scene
-        self.env, self.model, self.data = self.scene.env, self.scene.model, self.scene.data
-        self.arm = Arm(self.scene)
-        self.grip = OPEN
+        scene = self.simulation.scene
+        if scene is None:
+            raise RuntimeError("no episode was started: call the simulation's reset() before the expert's")
+        if scene.task.suite not in SOLVED:
+            known = ", ".join(f"LIBERO-{suite.removeprefix('libero_').capitalize()}" for suite in SOLVED)
+            raise ValueError(f"the expert does not know task {scene.task.name!r} of {scene.task.suite}; it solves the tasks of {known}")
+        self.scene, self.env, self.model, self.data = scene, scene.env, scene.model, scene.data
+        self.arm = Arm(scene)
         self.bodies = {name: np.flatnonzero(self.model.body_rootid == body) for name, body in self.env.obj_body_id.items()}
+        self.grip, self.failure = OPEN, ""
         self._script = self._solve()
 
     def act(self) -> np.ndarray:
-        """[1, 7]: one action, from the present state."""
-        return np.array([next(self._script)], np.float32)
+        """[1, 7]: one action, from the present state. An expert that has given up holds still."""
+        try:
+            return np.array([next(self._script)], np.float32)
+        except Unreachable as error:
+            self.failure = str(error)
+            self._script = self._stay()
+            return self.act()
+
+    def _stay(self) -> Iterator[np.ndarray]:
+        while True:
+            yield self._towards(*self._hand())
 
     # -------------------------------------------------------------------------------------------- goals
 
     def _solve(self) -> Iterator[np.ndarray]:
+        skills = {"on": self._put, "in": self._put, "open": self._open, "turnon": self._turn_on}
         while True:
-            for predicate, *names in self.env.parsed_problem["goal_state"]:
-                if not self.env._eval_predicate([predicate, *names]):
-                    yield from {"on": self._put, "in": self._put, "open": self._open, "turnon": self._turn_on}[predicate](*names)
-            yield self._towards(*self._hand())
+            left = [goal for goal in self.env.parsed_problem["goal_state"] if not self.env._eval_predicate(goal)]
+            for predicate, *names in left:  # a skill that did not work is tried again
+                yield from skills[predicate](*names)
+            if not left:
+                yield self._towards(*self._hand())
 
     def _put(self, name: str, place: str) -> Iterator[np.ndarray]:
         """On or in another object or a region of one. A drawer is opened first."""
@@ -86,7 +107,7 @@ class ScriptedExpert:
         elif np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) < FLAT:
             yield from self._drag(name, goal)
         else:
-            raise RuntimeError(f"{self.scene.task.name}: the arm can take {name} nowhere")
+            raise Unreachable(f"the arm can grasp {name} nowhere")
 
     def _open(self, place: str) -> Iterator[np.ndarray]:
         joint = self._drawer(place)
@@ -175,7 +196,7 @@ class ScriptedExpert:
         for _ in range(3 * PATIENCE):
             here = self.data.xpos[body].copy()
             there = goal()
-            low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+            low, _ = Matter(self.scene, self.bodies[name]).extent(-DOWN)
             aside = float(np.linalg.norm((there - here)[:2]))
             hand, _ = self._hand()
             if abs(np.linalg.norm(hand - here) - apart) > SLIPPED:
@@ -241,7 +262,7 @@ class ScriptedExpert:
         orientations = self._from_the_front(-axis * np.sign(way)) if slides else self._tilted(self._from_above(body))
         grasp = grasps.find(self.arm, np.array([body]), self.data.xipos[body], orientations, led)
         if grasp is None:
-            raise RuntimeError(f"{self.scene.task.name}: the arm cannot reach {self.model.body(body).name}")
+            raise Unreachable(f"the arm can grasp {self.model.body(body).name} nowhere")
         yield from self._take(grasp, body)
         for _ in range(2 * PATIENCE):
             left = goal - self.data.qpos[self.model.jnt_qposadr[joint]]
@@ -258,7 +279,7 @@ class ScriptedExpert:
         if place in self.env.object_sites_dict:
             site = self.data.site(place)
             half = self._half_size(place)
-            return site.xpos + [0, 0, max(half[2] - 0.02, 0.0)]
+            return site.xpos - max(half[2] - 0.02, 0.0) * DOWN
         return self.data.xpos[self.env.obj_body_id[place]] - [0, 0, 0.01]
 
     def _half_size(self, place: str) -> np.ndarray:
@@ -271,7 +292,9 @@ class ScriptedExpert:
             return np.zeros(3)
         middle, half = self._place(place), self._half_size(place)
         bounds = self.everything.bounds()
-        bounds = bounds[(bounds[:, 1, 2] > self.data.site(place).xpos[2] + half[2] + 0.005) & ~np.isin(self.model.geom_bodyid[self.everything.geoms], self.bodies[name])]
+        bounds = bounds[
+            (bounds[:, 1, 2] > self.data.site(place).xpos[2] + half[2] + 0.005) & ~np.isin(self.model.geom_bodyid[self.everything.geoms], self.bodies[name])
+        ]
         steps = [np.append(half[:2] * part, 0.0) for part in itertools.product(np.linspace(-0.75, 0.75, 7), repeat=2)]
         radius = self._radius(name) + 0.01
         for step in sorted(steps, key=np.linalg.norm):
@@ -303,17 +326,17 @@ class ScriptedExpert:
 
     def _wrist(self) -> np.ndarray:
         """From the grip site to where the axes of the arm's joints 5 and 6 meet."""
-        return self.data.xanchor[self.model.joint("robot0_joint6").id] - self.data.site_xpos[self.arm.site]
+        return self.data.xanchor[self.arm.wrist] - self.data.site_xpos[self.arm.site]
 
     def _ceiling(self, position: np.ndarray) -> float:
         """How high the hand can be there without straightening the elbow."""
-        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.model.joint("robot0_joint2").id]
+        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.arm.shoulder]
         level = np.linalg.norm((wrist - shoulder)[:2])
         return float(shoulder[2] + np.sqrt(max(0.0, REACH**2 - level**2)) - (wrist - position)[2])
 
     def _within_reach(self, position: np.ndarray) -> np.ndarray:
         """The point itself, or as far towards it at the same height as the elbow allows."""
-        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.model.joint("robot0_joint2").id]
+        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.arm.shoulder]
         level, height = np.linalg.norm((wrist - shoulder)[:2]), wrist[2] - shoulder[2]
         most = np.sqrt(max(0.0, REACH**2 - height**2))
         if level <= most:
@@ -333,8 +356,8 @@ class ScriptedExpert:
     def _towards(self, position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
         here, turned = self._hand()
         move = GAIN * (self._within_reach(position) - here) / METRES
-        shoulder = self.data.xanchor[self.model.joint("robot0_joint2").id]
-        speed = np.clip((SLOW[1] - np.linalg.norm(here + self._wrist() - shoulder)) / (SLOW[1] - SLOW[0]), SLOW[2], 1)
+        stretched = np.linalg.norm(here + self._wrist() - self.data.xanchor[self.arm.shoulder])
+        speed = np.clip((SLOW[1] - stretched) / (SLOW[1] - SLOW[0]), SLOW[2], 1)
         turn = GAIN * Rotation.from_matrix(rotation @ turned.T).as_rotvec() / RADIANS
         level = speed * move[:2] / max(1.0, np.abs(move[:2]).max())
         return np.concatenate([level, speed * np.clip(move[2:], -1, 1), turn / max(1.0, np.abs(turn).max()), [self.grip]])

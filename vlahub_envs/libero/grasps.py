@@ -134,6 +134,7 @@ class Arm:
         self.range = self.model.jnt_range[[self.model.joint(name).id for name in robot.robot_joints]] + [SPARE, -SPARE]
         self.range[3] = ELBOW
         self.home = np.array(robot.init_qpos)
+        self.shoulder, self.wrist = (self.model.joint(robot.robot_joints[i]).id for i in (1, 5))
         names = [self.model.body(i).name for i in range(self.model.nbody)]
         self.own = np.array([name.startswith(("robot0_link", "robot0_right_hand", "gripper0_")) for name in names])
 
@@ -168,7 +169,9 @@ class Arm:
         return True
 
 
-def find(arm: Arm, bodies: np.ndarray, centre: np.ndarray, orientations: list[tuple[np.ndarray, float]], after: Callable[[np.ndarray, np.ndarray], Pose]) -> Grasp | None:
+def find(
+    arm: Arm, bodies: np.ndarray, centre: np.ndarray, orientations: list[tuple[np.ndarray, float]], after: Callable[[np.ndarray, np.ndarray], Pose]
+) -> Grasp | None:
     """The cheapest grasp of `bodies` within reach.
 
     Args:

@@ -109,8 +109,6 @@ def test_observations_stay_as_they_were(env):
 
 
 def test_the_expert_acts_within_bounds(env):
-    if catalog.env_card(env.env_id).family == "libero":
-        pytest.skip("LIBERO has no scripted expert")
     if not env.spec or not catalog.env_card(env.env_id).expert:
         pytest.fail(f"{env.env_id} has no scripted expert, so nothing proves it solvable")
     env.reset(seed=0)

@@ -1,4 +1,4 @@
-"""`vlahub list | doctor | eval | record | plot`: the command line. `python -m vlahub` is the same.
+"""`vlahub list | doctor | assets | eval | record | plot`: the command line. `python -m vlahub` is the same.
 
 A subcommand is a function with a docstring; its signature is the command's help. Errors of the user's making are one message and exit status 2;
 `--debug` anywhere on the line shows the traceback instead.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # `--policy module:function` names a module beside the user, which an installed script does not look for
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    commands = {"list": list_cards, "doctor": doctor, "eval": evaluate, "record": record, "plot": plot}
+    commands = {"list": list_cards, "doctor": doctor, "assets": assets, "eval": evaluate, "record": record, "plot": plot}
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -168,6 +168,43 @@ def doctor() -> int:
     from vlahub import doctor as checks
 
     return checks.main()
+
+
+# ------------------------------------------------------------------------------------------------ assets
+
+
+def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreatePairsOff[bool] = False, dir: Path | None = None) -> int:
+    """Show where the official assets of an environment family are looked for and whether they are complete, or download them.
+
+    Without them, environments run on generated stand-ins. Exit status 1 if the assets asked about are not complete.
+
+    Args:
+        name: the family's word, such as `libero`; all of them by default.
+        download: fetch them from the Hugging Face hub. Files that are there already are not loaded again.
+        dir: the folder of this family's assets, instead of NAME in $VLAHUB_ASSETS or in ~/.cache/vlahub/assets.
+    """
+    from vlahub import assets as packs
+
+    if not name:
+        if download or dir:
+            raise ValueError(f"say which assets: vlahub assets NAME --download; known are {', '.join(packs.PACKS) or 'none'}")
+        for pack in packs.PACKS.values():
+            print(f"{pack.name}: {pack.summary}\n    {packs.find(pack.name) or f'not here: vlahub assets {pack.name} --download ({pack.megabytes} MB)'}")
+        return 0
+    pack = packs.pack_of(name)
+    if download:
+        print(f"{pack.repository} (dataset on the Hugging Face hub), {pack.megabytes} MB. Licence: {pack.licence}")
+        folder = packs.download(name, dir and dir.expanduser())
+        print(f"complete: {folder}" + (f". In use where VLAHUB_ASSETS={folder.parent} or assets='{folder}' is given" if dir else ""))
+        return 0
+    states = {folder: packs.missing(name, folder) if folder.is_dir() else None for folder in ([dir.expanduser()] if dir else packs.folders(name))}
+    print(f"{pack.summary} Licence: {pack.licence}")
+    for folder, gone in states.items():
+        print(f"    {folder}: " + ("does not exist" if gone is None else packs.complaint(gone) if gone else "complete"))
+    if any(gone == [] for gone in states.values()):
+        return 0
+    print(f"not complete anywhere: {packs.how_to_get(name)}")
+    return 1
 
 
 # ------------------------------------------------------------------------------------------------ eval

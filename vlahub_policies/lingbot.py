@@ -374,6 +374,8 @@ class Config:
     num_steps: int = 10  # of sample and evaluate
     noise_level: float = 0.7
     joint_logprob: bool = False
+    noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.9 keeps paths smooth where a chunk is one motion
     value_head: bool = False
     value_hidden: tuple[int, ...] = (512, 256, 128)
 
@@ -403,7 +405,7 @@ class Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob)
+        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
 
 
 def quick_layers(policy: nn.Module, mode: str) -> dict[type, Callable]:
@@ -444,6 +446,10 @@ class LingBotPolicy(Accelerated, Policy):
                     lora.add(adapted, config.lora_rank, config.lora_alpha)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.fast = Acceleration(self, self.denoise_all, pack_all, quick_layers)
+
+    def blocks(self) -> list[nn.Module]:
+        # without the expert's layers: their norms are asked for their modulations from outside
+        return [self.model.language_model.embed_tokens, *self.model.visual.blocks, *self.model.language_model.layers]
 
     # -------------------------------------------------------------------------------------------- inputs
 

@@ -67,6 +67,8 @@ class Pi0Config:
     num_steps: int = 4  # of sample and evaluate
     noise_level: float = 0.5
     joint_logprob: bool = False
+    noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.95 keeps paths smooth where a chunk is one motion
     noise_range: tuple[float, float] = (0.08, 0.16)  # bounds of flow_noise's standard deviation
     value_head: bool = False
     value_from: Literal["actions", "prefix"] = "actions"  # the critic looks at the expert's action tokens, or at the language model's output
@@ -108,7 +110,7 @@ class Pi0Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob)
+        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
@@ -214,6 +216,12 @@ class Pi0Policy(Accelerated, Policy):
     @property
     def expert(self) -> Gemma:
         return self.paligemma_with_expert.gemma_expert.model
+
+    def blocks(self) -> list[nn.Module]:
+        towers = [self.paligemma.model.vision_tower.vision_model.encoder.layers, self.language_model.layers]
+        if not self.config.pi05:  # adaptive norms are asked for their modulations from outside their layers
+            towers.append(self.expert.layers)
+        return [self.paligemma.lm_head, *(layer for tower in towers for layer in tower)]
 
     # ------------------------------------------------------------------------------------------------ the network
 

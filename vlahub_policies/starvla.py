@@ -248,6 +248,9 @@ class QwenOFTPolicy(Accelerated, Policy):
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.fast = Acceleration(self, self.decide, pack, quick_layers)
 
+    def blocks(self) -> list[nn.Module]:
+        return [self.language_model.embed_tokens, *self.visual.blocks, *self.language_model.layers]
+
     # -------------------------------------------------------------------------------------------- inputs
 
     def encode_text(self, text: str) -> tuple[list[int], torch.Tensor]:
@@ -339,25 +342,25 @@ class QwenOFTPolicy(Accelerated, Policy):
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
-        return self.config.codec.decode(self(inputs)[0])
+        return self.config.codec.decode(self.forward(inputs)[0])
 
     @torch.no_grad()
     def sample(self, observation: Observation, seeds: torch.Tensor | None = None) -> Sample:
         inputs = self.prepare(observation)
-        mean, value = self(inputs)
+        mean, value = self.forward(inputs)
         seeds = randomness.fresh_seeds(len(mean)) if seeds is None else seeds
         actions = mean + self.log_std.float().exp() * randomness.normal(seeds, mean.shape[1:], device=mean.device)
         return Sample(self.config.codec.decode(actions), self._score(actions, mean)[0], value, {**inputs, "actions": actions})
 
     @torch.no_grad()
     def value(self, observation: Observation) -> torch.Tensor:
-        value = self(self.prepare(observation))[1]
+        value = self.forward(self.prepare(observation))[1]
         if value is None:
             raise ValueError("this starvla policy has no value head; load it with value_head=True")
         return value
 
     def evaluate(self, trace: Trace) -> Evaluation:
-        mean, value = self(trace)
+        mean, value = self.forward(trace)
         return Evaluation(*self._score(trace["actions"], mean), value)
 
     def _score(self, actions: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,7 +385,7 @@ class QwenOFTPolicy(Accelerated, Policy):
         actions = torch.as_tensor(batch["actions"]).to(self.device)
         if actions.shape[1:] != (self.horizon, self.interface.action_dim):
             raise ValueError(f"batch['actions'] has shape {tuple(actions.shape)}, this policy is trained on [B, {self.horizon}, {self.interface.action_dim}]")
-        error = (self(self.prepare(observation))[0] - self.config.codec.encode(actions)).abs()
+        error = (self.forward(self.prepare(observation))[0] - self.config.codec.encode(actions)).abs()
         if batch.get("action_is_pad") is None:
             return error.mean()
         real = ~torch.as_tensor(batch["action_is_pad"]).to(self.device)[..., None].expand_as(error)

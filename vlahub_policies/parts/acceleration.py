@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vlahub.distributed import is_sharded
 from vlahub_policies.parts.capture import Captured
 from vlahub_policies.parts.packing import unpack
 
@@ -63,8 +64,7 @@ class Acceleration:
         self.release()
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        first = next(self.policy.parameters())
-        if first.device.type != "cuda" or torch.is_grad_enabled() or hasattr(first, "to_local"):  # sharded parameters come and go
+        if next(self.policy.parameters()).device.type != "cuda" or torch.is_grad_enabled() or is_sharded(self.policy):  # sharded parameters come and go
             return self.function(inputs)
         if self._config is not self.policy.config:
             self.release()

@@ -29,7 +29,7 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
-from vlahub_policies.parts.acceleration import Accelerated, Acceleration, Quick, compiled, through
+from vlahub_policies.parts.acceleration import MODES, Accelerated, Acceleration, Quick, compiled, through
 from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
@@ -390,6 +390,8 @@ class Config:
     def __post_init__(self):
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute {self.execute} is not within 1 .. horizon {self.horizon}")
+        if self.acceleration not in MODES:
+            raise ValueError(f"acceleration {self.acceleration!r} is unknown; known are {', '.join(MODES)}")
         if self.vision.out != self.text.hidden:
             raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
         if self.noise_method not in flow.METHODS:

@@ -26,7 +26,7 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
-from vlahub_policies.parts.acceleration import Accelerated, Acceleration, compiled
+from vlahub_policies.parts.acceleration import MODES, Accelerated, Acceleration, compiled
 from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
@@ -210,6 +210,8 @@ class Config:
     def __post_init__(self):
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute {self.execute} is not within 1 .. horizon {self.horizon}")
+        if self.acceleration not in MODES:
+            raise ValueError(f"acceleration {self.acceleration!r} is unknown; known are {', '.join(MODES)}")
         if self.vision.out != self.text.hidden:
             raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
         self.vision.grid(self.image_size)

@@ -1,5 +1,6 @@
 """RoboTwin 2.0 tasks on SAPIEN. This module holds the cards only; the simulation is imported when an environment is made."""
 
+from vlahub.assets import AssetPack, register_assets
 from vlahub.catalog import EnvCard, register_env
 
 # name -> what it is, and what was measured. The class of the same name is in `tasks/`.
@@ -77,7 +78,33 @@ for _name, (_summary, _measured) in TASKS.items():
             expert="vlahub_envs.robotwin.expert:ScriptedExpert",
             needs=("sapien", "scipy", "toppra"),
             extra="robotwin",
-            limits="stand-in assets unless the official release is present (env.assets says which); official assets are tested on their layout only; one embodiment",
+            limits="stand-in assets unless the official release is present (env.assets says which); official assets are tested on their layout only",
             measured=_measured,
         )
     )
+
+LICENCE = "MIT, as the dataset's card; laptops, pots, switches, microwaves and cabinets come from PartNet-Mobility and keep its terms"
+register_assets(
+    AssetPack(
+        name="robotwin",
+        summary="RoboTwin 2.0's objects and robots.",
+        repository="TianxingChen/RoboTwin2.0",
+        missing="vlahub_envs.robotwin.assets:missing",
+        licence=LICENCE,
+        megabytes=11_200,  # 5,600 unpacked, and at most as much again in the archives
+        files=("objects.zip", "embodiments.zip"),
+        archives=("objects.zip", "embodiments.zip"),
+    )
+)
+register_assets(
+    AssetPack(
+        name="robotwin-backgrounds",
+        summary='RoboTwin 2.0\'s pictures for wall and table, for official assets with randomization="randomized".',
+        repository="TianxingChen/RoboTwin2.0",
+        missing="vlahub_envs.robotwin.assets:missing_backgrounds",
+        licence="MIT, as the dataset's card",
+        megabytes=22_000,  # 11,000 unpacked
+        files=("background_texture.zip",),
+        archives=("background_texture.zip",),
+    )
+)

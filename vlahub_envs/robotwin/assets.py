@@ -18,15 +18,13 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from vlahub import assets as releases
 from vlahub_envs.robotwin.kinematics import pose, quaternion
 from vlahub_envs.robotwin.room import GRIPPY, PLAIN
 
-REPOSITORY = "TianxingChen/RoboTwin2.0"  # dataset on the Hugging Face hub
 ROBOT_URDF = "embodiments/aloha-agilex/urdf/arx5_description_isaac.urdf"
-HOW_TO_GET = (
-    f"get the release with `hf download {REPOSITORY} objects.zip embodiments.zip --repo-type dataset --local-dir DIR`, unzip both in DIR/robotwin, "
-    "and set VLAHUB_ASSETS=DIR (or pass assets='DIR/robotwin')"
-)
+BACKGROUNDS = "background_texture"  # its folder of pictures
+RELEASE = "objects.zip and embodiments.zip of the dataset TianxingChen/RoboTwin2.0"
 
 
 @dataclass(frozen=True)
@@ -278,13 +276,15 @@ class Official:
             from vlahub_envs.robotwin import jointed  # it builds on this module
 
             if model_id >= len(variants):
-                raise FileNotFoundError(f"the official assets lack number {model_id} of {name}: {folder} has {len(variants)} models; {HOW_TO_GET}")
+                raise FileNotFoundError(
+                    f"the official assets lack number {model_id} of {name}: {folder} has {len(variants)} models; {releases.how_to_get('robotwin')}"
+                )
             return jointed.official(name, model_id, variants[model_id])
         record_file = folder / f"model_data{model_id}.json"
         files = {kind: folder / kind / f"base{model_id}.glb" for kind in ("visual", "collision")}
         for file in (record_file, *files.values()):
             if not file.exists():
-                raise FileNotFoundError(f"the official assets lack {file}; {HOW_TO_GET}")
+                raise FileNotFoundError(f"the official assets lack {file}; {releases.how_to_get('robotwin')}")
         record = json.loads(record_file.read_text())
         scale = np.broadcast_to(np.asarray(record["scale"], float), 3)
 
@@ -305,9 +305,25 @@ class Official:
         )
 
 
-def default_folder() -> Path:
-    """Where the official release is looked for: `robotwin` in $VLAHUB_ASSETS, or in ~/.cache/vlahub/assets."""
-    return Path(os.environ.get("VLAHUB_ASSETS") or Path.home() / ".cache" / "vlahub" / "assets").expanduser() / "robotwin"
+def backgrounds(assets: StandIns | Official, which: str) -> Path | None:
+    """The official background pictures, beside the objects or where their own download went. None with stand-ins, whose pictures are generated."""
+    if assets.name == "stand-in":
+        return None
+    for folder in (assets.folder, *releases.folders("robotwin-backgrounds")):
+        if (folder / BACKGROUNDS / which).is_dir():
+            return folder / BACKGROUNDS
+    raise FileNotFoundError(
+        f"the official assets in {assets.folder} lack {BACKGROUNDS}/{which}, from which a randomized background is drawn; {releases.how_to_get('robotwin-backgrounds')}"
+    )
+
+
+def missing(folder: Path) -> list[str]:
+    """What of the release `folder` lacks, of all that the tasks need."""
+    return Official(folder).missing(tuple(_measurements()))
+
+
+def missing_backgrounds(folder: Path) -> list[str]:
+    return [f"{BACKGROUNDS}/{which}" for which in ("seen", "unseen") if not (folder / BACKGROUNDS / which).is_dir()]
 
 
 def find(assets: str | os.PathLike, names: Sequence[str]) -> StandIns | Official:
@@ -318,14 +334,17 @@ def find(assets: str | os.PathLike, names: Sequence[str]) -> StandIns | Official
     """
     if assets == "stand-in":
         return StandIns()
-    official = Official(default_folder() if assets in ("auto", "official") else Path(assets).expanduser())
-    missing = official.missing(names)
-    if not missing:
-        return official
+    chosen = releases.folders("robotwin") if assets in ("auto", "official") else [Path(assets).expanduser()]
+    gone = {folder: Official(folder).missing(names) for folder in chosen if folder.is_dir()}
+    for folder, lacking in gone.items():
+        if not lacking:
+            return Official(folder)
     if assets == "auto":
         return StandIns()
-    if assets != "official" and not official.folder.is_dir():
+    if assets != "official" and not gone:
         raise FileNotFoundError(
-            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release: {HOW_TO_GET}"
+            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release ({RELEASE}): "
+            f"{releases.how_to_get('robotwin')}"
         )
-    raise FileNotFoundError(f"the official RoboTwin assets are not (all) in {official.folder}: {', '.join(missing)} missing; {HOW_TO_GET}")
+    where = "; ".join(f"{folder} {releases.complaint(lacking)}" for folder, lacking in gone.items()) or f"{chosen[0]} does not exist"
+    raise FileNotFoundError(f"the official RoboTwin assets ({RELEASE}) are not complete on this machine ({where}); {releases.how_to_get('robotwin')}")

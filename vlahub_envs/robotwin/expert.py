@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from vlahub_envs.robotwin.kinematics import Solution, pose
-from vlahub_envs.robotwin.robot import PREFIX, SIDES, TCP
+from vlahub_envs.robotwin.robot import SIDES
 from vlahub_envs.robotwin.room import TABLE_TOP
 from vlahub_envs.robotwin.scene import Thing
 from vlahub_envs.robotwin.simulation import RoboTwin
@@ -26,9 +26,6 @@ NEARLY = 0.15 * np.pi  # rad: so near to an easy direction a grasp counts as eas
 LEVEL = -0.7  # of the z of a hand's x axis: below, the hand points down
 ASIDE = (0, 0.3, -0.3, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)  # rad: how far off the easiest way a hand that puts something down may be turned
 WRIST = 0.026  # m: radius of the wrist, and a little
-# rad: a hand can be held with the wrist's joint below it or above it, half a turn of its last joint apart
-WRIST_TURNED = [np.array([0, 0, 0, pitch, 0, roll]) for pitch in (0, np.pi, -np.pi) for roll in (np.pi, -np.pi)]
-ARM = {"left": slice(0, 6), "right": slice(6, 12)}  # of the twelve joints
 ORIGIN_AS_POINT = pose(rotation=Rotation.from_quat([np.sqrt(0.5), 0, 0, np.sqrt(0.5)]))  # z down, in a y-up object
 # orientations of the hand that it takes easily: pointing down with the camera on the far side, and forwards to the other arm's side
 EASY = {
@@ -78,7 +75,7 @@ class Hands:
             home: arms that go back to their home posture meanwhile.
             straight: hands move along straight lines, not along the shortest way of the joints.
         """
-        start = self.robot.joints
+        start, arm = self.robot.joints, self.robot.part
         before = {side: self.robot.hand(side) for side in poses}
         way = max((float(np.linalg.norm(target[:3, 3] - before[side][:3, 3])) for side, target in poses.items()), default=0.0)
         count = max(1, math.ceil(way / STRAIGHT_STEP)) if straight else 1
@@ -86,9 +83,9 @@ class Hands:
         for part in np.arange(1, count + 1) / count:
             goal = path[-1].copy()
             for side, target in poses.items():
-                goal[ARM[side]] = self.joints_for(side, between(before[side], target, part), goal[ARM[side]])
+                goal[arm[side]] = self.joints_for(side, between(before[side], target, part), goal[arm[side]])
             for side in home:
-                goal[ARM[side]] = start[ARM[side]] * (1 - part)
+                goal[arm[side]] = start[arm[side]] + part * (self.robot.home - start)[arm[side]]
             path.append(goal)
         if np.abs(path[-1] - start).max() < 1e-6:
             return self._actions(start[None], self.robot.grippers[None])
@@ -116,13 +113,16 @@ class Hands:
         arm = self.robot.arms[side]
 
         def above(joints: np.ndarray) -> bool:
-            return arm.joint_positions(joints)[:, 2].min() > TABLE_TOP + WRIST
+            return arm.joint_positions(joints)[:, 2].min() > TABLE_TOP + self.simulation.scene.lowered + WRIST
 
         solution = arm.inverse(target, start)
         if not solution.reached or above(solution.joints):
             return solution
-        for over in WRIST_TURNED:
-            other = arm.inverse(target, solution.joints + over)
+        for pitch, roll in itertools.product((0, np.pi, -np.pi), (np.pi, -np.pi)):  # with the wrist above the hand in place of below it, or the other way round
+            over = solution.joints.copy()
+            over[-3] += pitch
+            over[-1] += roll
+            other = arm.inverse(target, over)
             if other.reached and above(other.joints):
                 return other
         return solution
@@ -131,7 +131,7 @@ class Hands:
         """Can a hand go to all these poses, one after the other?"""
         if any(self.robot.arms[side].too_far(target) for target in targets):
             return False
-        joints = self.robot.joints[ARM[side]]
+        joints = self.robot.joints[self.robot.part[side]]
         for target in targets:
             solution = self._solve(side, target, joints)
             if not solution.reached:
@@ -156,19 +156,19 @@ class Hands:
 
     def swing(self, side: str, point: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:
         """Along an arc of `angle` rad about an axis [3] through a point [3], as one opens a door: turning with it, or less if the arm cannot follow."""
-        start = self.robot.hand(side)
-        arm = start[:3, 3] + TCP * start[:3, 0] - point
+        start, part_of_arm, tcp = self.robot.hand(side), self.robot.part[side], self.robot.tcp
+        arm = start[:3, 3] + tcp * start[:3, 0] - point
         best: list[np.ndarray] = []
         for share in SWINGS:
             path = [self.robot.joints]
             for part in np.arange(ARC_STEP, angle, ARC_STEP):
                 turn = Rotation.from_rotvec(share * part * axis) * Rotation.from_matrix(start[:3, :3])
-                goal = pose(point + Rotation.from_rotvec(part * axis).apply(arm) - TCP * turn.as_matrix()[:, 0], turn)
-                solution = self._solve(side, goal, path[-1][ARM[side]])
-                if not solution.reached or np.abs(solution.joints - path[-1][ARM[side]]).max() > LARGEST_TURN:
+                goal = pose(point + Rotation.from_rotvec(part * axis).apply(arm) - tcp * turn.as_matrix()[:, 0], turn)
+                solution = self._solve(side, goal, path[-1][part_of_arm])
+                if not solution.reached or np.abs(solution.joints - path[-1][part_of_arm]).max() > LARGEST_TURN:
                     break
                 path.append(path[-1].copy())
-                path[-1][ARM[side]] = solution.joints
+                path[-1][part_of_arm] = solution.joints
             best = max(best, path, key=len)
         if len(best) < 2:
             raise Unreachable(f"the {side} hand cannot move along the arc about {np.round(point, 3).tolist()}")
@@ -212,7 +212,7 @@ class Hands:
         for turn, contact in sorted(zip(turns, contacts, strict=True), key=lambda pair: hardness(pair[0])):
             for tilt in TILTS:
                 tipped = turn * Rotation.from_euler("y", -tilt)
-                poses = [pose(contact[:3, 3] - (TCP + back) * tipped.as_matrix()[:, 0], tipped) for back in backs]
+                poses = [pose(contact[:3, 3] - (self.robot.tcp + back) * tipped.as_matrix()[:, 0], tipped) for back in backs]
                 if self.reaches(side, *poses) and fits(poses[-1]):
                     return poses
         raise Unreachable(f"the {side} hand cannot grasp {thing.name}, at {np.round(contacts[0][:3, 3], 3).tolist()}")
@@ -363,7 +363,7 @@ class Hands:
 
     def hand_as_it_is(self, side: str) -> np.ndarray:
         """World pose of link6 [4, 4], where the physics has it."""
-        return self.robot.links[f"{PREFIX[side]}_link6"].entity.pose.to_transformation_matrix()
+        return self.robot.hand_as_it_is(side)
 
     def _actions(self, joints: np.ndarray, grippers: np.ndarray) -> np.ndarray:
         return self.simulation.encode(joints, grippers)

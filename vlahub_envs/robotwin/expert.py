@@ -118,11 +118,8 @@ class Hands:
         solution = arm.inverse(target, start)
         if not solution.reached or above(solution.joints):
             return solution
-        for pitch, roll in itertools.product((0, np.pi, -np.pi), (np.pi, -np.pi)):  # with the wrist above the hand in place of below it, or the other way round
-            over = solution.joints.copy()
-            over[-3] += pitch
-            over[-1] += roll
-            other = arm.inverse(target, over)
+        for over in self.robot.kind.wrist_turns:
+            other = arm.inverse(target, solution.joints + over)
             if other.reached and above(other.joints):
                 return other
         return solution
@@ -156,19 +153,19 @@ class Hands:
 
     def swing(self, side: str, point: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:
         """Along an arc of `angle` rad about an axis [3] through a point [3], as one opens a door: turning with it, or less if the arm cannot follow."""
-        start, part_of_arm, tcp = self.robot.hand(side), self.robot.part[side], self.robot.tcp
-        arm = start[:3, 3] + tcp * start[:3, 0] - point
+        start = self.robot.hand(side)
+        arm = start[:3, 3] + self.robot.tcp * start[:3, 0] - point
         best: list[np.ndarray] = []
         for share in SWINGS:
             path = [self.robot.joints]
             for part in np.arange(ARC_STEP, angle, ARC_STEP):
                 turn = Rotation.from_rotvec(share * part * axis) * Rotation.from_matrix(start[:3, :3])
-                goal = pose(point + Rotation.from_rotvec(part * axis).apply(arm) - tcp * turn.as_matrix()[:, 0], turn)
-                solution = self._solve(side, goal, path[-1][part_of_arm])
-                if not solution.reached or np.abs(solution.joints - path[-1][part_of_arm]).max() > LARGEST_TURN:
+                goal = pose(point + Rotation.from_rotvec(part * axis).apply(arm) - self.robot.tcp * turn.as_matrix()[:, 0], turn)
+                solution = self._solve(side, goal, path[-1][self.robot.part[side]])
+                if not solution.reached or np.abs(solution.joints - path[-1][self.robot.part[side]]).max() > LARGEST_TURN:
                     break
                 path.append(path[-1].copy())
-                path[-1][part_of_arm] = solution.joints
+                path[-1][self.robot.part[side]] = solution.joints
             best = max(best, path, key=len)
         if len(best) < 2:
             raise Unreachable(f"the {side} hand cannot move along the arc about {np.round(point, 3).tolist()}")

@@ -233,6 +233,11 @@ class Jointed:
         return self.entity.pose.to_transformation_matrix()
 
     @property
+    def frame(self) -> np.ndarray:
+        """[4, 4] of the model's measurements, in the world."""
+        return self.pose @ BODY_IN_BASE
+
+    @property
     def position(self) -> np.ndarray:
         return self.entity.pose.p
 

@@ -109,17 +109,6 @@ def urdf() -> str:
     return text + "</robot>\n"
 
 
-def build_bodies(builder: ArticulationBuilder, world: sapien.Scene, fixed: bool) -> PhysxArticulation:
-    """The bodies that collide, in a physics world; what is seen of them is on the stage. `fixed`: the root link stays where it is."""
-    looks = [link.visual_records for link in builder.link_builders]
-    for link in builder.link_builders:
-        link.visual_records = []
-    articulation = builder.set_scene(world).build(fix_root_link=fixed)
-    for link, records in zip(builder.link_builders, looks, strict=True):
-        link.visual_records = records
-    return articulation
-
-
 @dataclass(frozen=True)
 class Embodiment:
     """What differs between robots. Both arms are alike; the names of an arm's joints and links begin with its prefix."""
@@ -136,6 +125,7 @@ class Embodiment:
     span: float  # ... and how much more at 1
     tcp: float  # m along the hand's x to the point that grasps are planned for
     starts: Sequence[Sequence[float]] = STARTS  # of inverse kinematics
+    wrist_turns: Sequence[Sequence[float]] = ()  # rad, what to add to the joints to hold nearly the same hand with the wrist on its other side
 
     @property
     def joints(self) -> int:
@@ -155,7 +145,20 @@ ALOHA = Embodiment(
     closed=GRIPPER_CLOSED,
     span=GRIPPER_SPAN,
     tcp=TCP,
+    # the wrist's joint below the hand or above it, half a turn of the last joint apart
+    wrist_turns=[(0, 0, 0, pitch, 0, roll) for pitch in (0, np.pi, -np.pi) for roll in (np.pi, -np.pi)],
 )
+
+
+def build_bodies(builder: ArticulationBuilder, world: sapien.Scene, fixed: bool) -> PhysxArticulation:
+    """The bodies that collide, in a physics world; what is seen of them is on the stage. `fixed`: the root link stays where it is."""
+    looks = [link.visual_records for link in builder.link_builders]
+    for link in builder.link_builders:
+        link.visual_records = []
+    articulation = builder.set_scene(world).build(fix_root_link=fixed)
+    for link, records in zip(builder.link_builders, looks, strict=True):
+        link.visual_records = records
+    return articulation
 
 
 class Robot:

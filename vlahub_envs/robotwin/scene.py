@@ -49,6 +49,8 @@ class Thing:
         """[4, 4] in the world."""
         return self.entity.pose.to_transformation_matrix()
 
+    frame = pose  # of the model's measurements
+
     @property
     def position(self) -> np.ndarray:
         return self.entity.pose.p
@@ -107,10 +109,15 @@ class Scene:
         self.robot.enter(self.world)
 
     def add(self, name: str, model: Model, where: sapien.Pose, static: bool = False, mass: float = OBJECT_MASS) -> Thing | Jointed:
-        """Put an object in. `name` is how the task calls it; `where` is its pose on a table of the usual height.
+        """Put an object in.
 
-        Of an object with joints every link has this mass, and if it is `static` its base stays where it is.
+        Args:
+            name: how the task calls it.
+            where: its pose, on a table of the usual height.
+            static: it stays where it is; one with joints, its base.
+            mass: kg; of one with joints, of each link.
         """
+        where = sapien.Pose([0, 0, self.lowered]) * where
         if isinstance(model, JointedModel):
             return self._add_jointed(name, model, where, static, mass)
         material = PhysxMaterial(*model.friction)
@@ -136,7 +143,7 @@ class Scene:
         entity = sapien.Entity()
         entity.name = model.name
         entity.add_component(body)
-        entity.set_pose(sapien.Pose([0, 0, self.lowered]) * where)
+        entity.set_pose(where)
         self.world.add_entity(entity)
         self.things[name] = Thing(name, model, entity, body)
         return self.things[name]
@@ -145,7 +152,7 @@ class Scene:
         if model.key not in self._builders:
             self._builders[model.key] = model.builder()
         builder = self._builders[model.key]
-        turn, at = where.to_transformation_matrix()[:3, :3], where.p + model.shift[:3, 3] + (0, 0, self.lowered)
+        turn, at = where.to_transformation_matrix()[:3, :3], where.p + model.shift[:3, 3]
         builder.set_initial_pose(sapien.Pose(pose(at, Rotation.from_matrix(model.shift[:3, :3] @ turn))))
         articulation = build_bodies(builder, self.world, fixed=static)
         articulation.set_qpos(articulation.get_qpos())  # until then, or the first step, its links are nowhere

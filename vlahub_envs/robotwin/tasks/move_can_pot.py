@@ -52,7 +52,7 @@ class MoveCanPot(Task):
         can = draws.choice(self.objects["105_sauce-can"])
         self.can = scene.add("can", scene.assets.model("105_sauce-can", can), where)
         self.arm, self.side = side_of(where.p), np.sign(where.p[0])
-        self.keep_free = ((0.18 * self.side, 0, 0.07),)  # where the can goes
+        self.keep_free = ((at[0] + 0.18 * self.side, at[1], 0.06),)  # where the can goes
         self.low = at[2] + 0.001  # of the can's origin; the pot's own is at half its height
         return {"A": f"060_kitchenpot/base{model}", "B": f"105_sauce-can/base{can}", "a": self.arm}
 

@@ -33,10 +33,25 @@ def test_links_lead_somewhere_and_python_parses(doc):
 @pytest.mark.parametrize("doc", DOCS, ids=[doc.name for doc in DOCS])
 def test_ids_and_make_targets_exist(doc):
     text = doc.read_text()
-    for env_id in set(re.findall(r"vlahub/(?:RoboTwin|LIBERO|ManiSkill|EVAC)-\w[\w-]*", text)):
+    for env_id in set(re.findall(r"vlahub/(?:RoboTwin|LIBERO|Twin|EVAC)-\w[\w-]*", text)):
         assert env_id in catalog.ENVS, f"{doc.name} names {env_id}"
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
+
+
+def spelt_out(pattern: str) -> list[str]:
+    """ "a{b,c}" -> ["ab", "ac"]"""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    return [text for part in found[1].split(",") for text in spelt_out(pattern[: found.start()] + part + pattern[found.end() :])]
+
+
+def test_the_readme_lists_every_policy():
+    table = (ROOT / "README.md").read_text().split("Known ids,")[1].split("*Verified*")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name for cell in cells for pattern in re.findall(r"`([^`]+)`", cell) for name in spelt_out(pattern)]
+    assert sorted(listed) == sorted(catalog.POLICIES)
 
 
 def command_lines(doc: Path) -> list[list[str]]:

@@ -11,27 +11,28 @@ from scipy.spatial.transform import Rotation
 from benchmarks.robotwin_experts import episode
 from vlahub_envs.robotwin import TASKS, assets, jointed
 from vlahub_envs.robotwin.expert import Hands, ScriptedExpert, Unreachable, between, shortest_turn
+from vlahub_envs.robotwin.instructions import instruction
 from vlahub_envs.robotwin.kinematics import pose
 from vlahub_envs.robotwin.simulation import RoboTwin
 from vlahub_envs.robotwin.task import Draws
 
-# name -> (step limit, seen and unseen sentences) of the benchmark, and the least share of layouts that the expert must solve
+# name -> step limit, seen and unseen sentences of the benchmark
 KNOWN = {
-    "ClickBell": (400, 31, 7, 0.9),
-    "AdjustBottle": (400, 50, 10, 0.9),
-    "BeatBlockHammer": (400, 50, 10, 0.9),
-    "BlocksRankingRGB": (1200, 50, 10, 0.9),
-    "HandoverBlock": (800, 50, 10, 0.7),
-    "LiftPot": (400, 50, 10, 0.7),
-    "MoveCanPot": (400, 50, 10, 0.9),
-    "OpenMicrowave": (1500, 39, 8, 0.7),
-    "PickDualBottles": (400, 30, 10, 0.9),
-    "PlaceContainerPlate": (400, 16, 4, 0.9),
-    "PlaceEmptyCup": (500, 50, 10, 0.9),
-    "PlaceShoe": (500, 50, 10, 0.9),
-    "StackBlocksThree": (1200, 30, 10, 0.7),
-    "StackBlocksTwo": (800, 44, 10, 0.9),
-    "TurnSwitch": (400, 50, 10, 0.7),
+    "ClickBell": (400, 31, 7),
+    "AdjustBottle": (400, 50, 10),
+    "BeatBlockHammer": (400, 50, 10),
+    "BlocksRankingRGB": (1200, 50, 10),
+    "HandoverBlock": (800, 50, 10),
+    "LiftPot": (400, 50, 10),
+    "MoveCanPot": (400, 50, 10),
+    "OpenMicrowave": (1500, 39, 8),
+    "PickDualBottles": (400, 30, 10),
+    "PlaceContainerPlate": (400, 16, 4),
+    "PlaceEmptyCup": (500, 50, 10),
+    "PlaceShoe": (500, 50, 10),
+    "StackBlocksThree": (1200, 30, 10),
+    "StackBlocksTwo": (800, 44, 10),
+    "TurnSwitch": (400, 50, 10),
 }
 
 
@@ -47,16 +48,16 @@ def simulation(request) -> Iterator[RoboTwin]:
 
 
 def test_every_task_has_the_benchmarks_step_limit_and_as_many_sentences(simulation):
-    limit, seen, unseen, _ = KNOWN[type(simulation.task).__name__]
+    limit, seen, unseen = KNOWN[type(simulation.task).__name__]
     sentences = simulation.task.sentences
     assert simulation.max_steps == limit and (len(sentences.seen), len(sentences.unseen)) == (seen, unseen)
     everything = sentences.seen + sentences.unseen
     assert len(set(everything)) == len(everything) and all(sentence.endswith(".") and " ." not in sentence for sentence in everything)
     for seed in range(20):
+        _, words = drawn(simulation, seed)
         for which in ("seen", "unseen"):
-            simulation.instruction_set = which
-            simulation.reset(seed, {})
-            assert "{" not in simulation.instruction and "/base" not in simulation.instruction
+            sentence = instruction(sentences, which, words, seed)
+            assert "{" not in sentence and "/base" not in sentence
 
 
 def test_nothing_is_solved_at_the_start_and_everything_lies_still(simulation):
@@ -76,10 +77,11 @@ def test_the_expert_solves_it_the_same_way_twice(simulation):
 
 
 @pytest.mark.slow
-def test_the_expert_solves_as_many_of_fifty_layouts_as_it_must(simulation):
+def test_the_expert_solves_five_of_six_layouts(simulation):
+    """A sample: `benchmarks/robotwin_experts.py` counts fifty."""
     expert = ScriptedExpert(simulation)
-    solved = sum(episode(simulation, expert, seed)[0] for seed in range(50))
-    assert solved >= 50 * KNOWN[type(simulation.task).__name__][3]
+    solved = [episode(simulation, expert, seed)[0] for seed in range(10, 16)]
+    assert sum(solved) >= 5
 
 
 # ------------------------------------------------------------------------------------------------ layouts

@@ -196,8 +196,9 @@ def bowl(thing: Thing) -> list[Solid]:
 
 
 def ramekin(thing: Thing) -> list[Solid]:
+    """A shallow dish: a bowl that stands on it stands on its floor. In a deep one the bowl's wall would jam in the rim, and both be lifted together."""
     radius, low, high = min(thing.half[:2]), thing.low[2], thing.high[2]
-    return [*round_(0.85 * radius, 2, low, low + 0.008, thing.centre), *_ring(thing.centre, (0.88 * radius, radius), low + 0.002, high, 0.006)]
+    return [*round_(0.85 * radius, 2, low, high - 0.008, thing.centre), *_ring(thing.centre, (0.88 * radius, radius), low + 0.002, high, 0.006)]
 
 
 def plate(thing: Thing) -> list[Solid]:

@@ -244,7 +244,9 @@ class Resident:
             info["frames"] = frames
         if job.look:
             info["observations"] = observations[:length]
-        self._look()
+            self.seen = observations[-1]  # of the present moment; looking again would draw it twice
+        else:
+            self._look()
         final = None
         if self.episode.done and job.next_seed is not None:
             final = ({key: value if isinstance(value, str) else np.array(value) for key, value in self.seen.items()}, info)

@@ -33,6 +33,7 @@ class EnvCard:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     expert: str = ""  # "module:Class", called with the simulation; empty if there is none
     vector: str = "vlahub.vector:VectorEnv"  # a natively batched family names its own class here
+    cheap: bool = False  # a step takes microseconds: vector envs run it in the calling process, unless told how many workers
     needs: tuple[str, ...] = ()  # importable packages; `pip install vlahub[extra]` brings them
     extra: str = ""
     asks: str = ""  # what the user must give because it does not ship (a world model's weights); empty: the id runs as it is

@@ -148,7 +148,9 @@ def make_env(args: Shared, count: int, ranks: int) -> VectorEnv:
     """Environments in two halves that alternate where there are processes for both. `ranks` share the cores of this machine."""
     options = key_values("env-options", args.env_options)
     options |= {"max_steps": args.max_steps} if args.max_steps else {}
-    if catalog.env_card(args.env_id).vector != catalog.EnvCard.vector:  # one batch on this rank's device: no processes, no halves
+    card = catalog.env_card(args.env_id)
+    batched = card.vector != catalog.EnvCard.vector  # on this rank's device: no processes, no halves
+    if batched or (card.cheap and not args.workers):
         return make(args.env_id, num_envs=count, **options)
     workers = min(count, args.workers or max(2, (os.cpu_count() or 1) // ranks))
     return make(args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
@@ -257,6 +259,7 @@ class Run:
         return torch.optim.AdamW(
             [{"params": members, "lr": rates.get(name, self.args.learning_rate), "full_lr": rates.get(name, self.args.learning_rate)} for name, members in groups.items() if members],
             weight_decay=self.args.weight_decay,
+            fused=True,  # one kernel for all parameters
         )  # fmt: skip
 
     def set_learning_rates(self, optimizer: torch.optim.Optimizer, fraction: float) -> None:

@@ -47,7 +47,7 @@ for family in ("lingbot", "openvla_oft", "pi0", "starvla"):  # dexbotic is pi0's
     d.print0(family, "agrees")
 
 data = d.on_rank0(lambda: str(record("test/PointTold", "expert", 4, folder / "data", progress=False).folder))
-COMMON = dict(out=str(folder), device="cpu", workers=1, eval_every=0, save_every=0, total_iterations=2, policy="tiny:test-mlp-flow")
+COMMON = dict(out=str(folder), device="cpu", eval_every=0, save_every=0, total_iterations=2, policy="tiny:test-mlp-flow")
 RL = dict(COMMON, env_id="test/PointTold", max_steps=8)
 PPO = dict(RL, num_envs=4, num_chunks=4, num_minibatches=2, micro_batch_size=2)
 for shard in (False, True):

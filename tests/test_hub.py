@@ -34,7 +34,9 @@ def known(monkeypatch, tmp_path):
             "vlahub/a-tiny-point": PolicyCard(id="vlahub/a-tiny-point", family="a", summary="", folder="tests:."),
         },
     )
-    monkeypatch.setattr(catalog, "WEIGHTS", {"vlahub/quite-another-dreamt-of-world": WeightsCard(id="vlahub/quite-another-dreamt-of-world", summary="", folder="tests:envs")})
+    monkeypatch.setattr(
+        catalog, "WEIGHTS", {"vlahub/quite-another-dreamt-of-world": WeightsCard(id="vlahub/quite-another-dreamt-of-world", summary="", folder="tests:envs")}
+    )
     families = {name: FamilyCard(name=name, policy="", summary="", recognises=lambda folder, name=name: (folder / f"{name}.yaml").exists()) for name in "ab"}
     monkeypatch.setattr(catalog, "FAMILIES", families)
 

@@ -31,7 +31,7 @@ from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy, Trace
 from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments
+from vlahub.run import Run, advice, arguments, serve_envs
 
 START_SEEDS = 3  # spawn key of the seeds of starts, apart from those of exploration (1), recordings (2) and evaluations (none)
 
@@ -58,6 +58,14 @@ class Args:
     """auto: this rank's GPU if there is one, else the CPU"""
     bf16: bool = False
     """compute in bfloat16; weights and optimizer stay in float32"""
+    shard: bool = False
+    """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    env_ranks: str = ""
+    """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
+    policy_ranks: str = ""
+    """see env_ranks; each policy rank gets as many env ranks"""
     track: bool = False
     """also log to Weights & Biases"""
 
@@ -112,6 +120,8 @@ class Args:
     """iterations between evaluations (one before the first); 0: never"""
     eval_episodes: int = 50
     """episodes of an evaluation: the same ones each time, none of which is trained on"""
+    video_every: int = 0
+    """iterations between films of a rollout (step and reward drawn on, in the run's folder videos); 0: none"""
     save_every: int = 10
     """iterations between checkpoints"""
     keep: int = 2
@@ -297,7 +307,8 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
             if not whole:
                 continue
             sums = torch.zeros(6, dtype=torch.float64, device=rows.device)
-            for part, counts in micro_batches(rows, args):
+            parts = micro_batches(rows, args)
+            for number, (part, counts) in enumerate(parts, 1):
                 with run.autocast():
                     now = policy.evaluate({key: tensor[part] for key, tensor in batch.trace.items()})
                 log_prob, mask = reduce_log_prob(now.log_prob.float(), batch.valid[part], args.ratio_level)
@@ -310,6 +321,7 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
                 kl = torch.zeros((), device=rows.device)
                 if anchor is not None:
                     kl = (k3(log_prob, reduce_log_prob(anchor[part], batch.valid[part], args.ratio_level)[0]) * entry).sum()
+                distributed.sync_gradients(policy, number == len(parts))
                 # Gradients are averaged over the ranks, but the weights are those of all ranks already.
                 ((policy_loss + args.kl_coef * kl - args.entropy_coef * entropy_mean) * distributed.world()).backward()
                 with torch.no_grad():
@@ -333,15 +345,18 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
     check_args(args, ranks)
-    run = Run("grpo", args, ranks)
     num_envs = args.num_groups * args.group_size
+    if ranks.policy_rank is not None:
+        return serve_envs(args, num_envs, ranks)
+    run = Run("grpo", args, ranks)
     envs = distributed.share(num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface)
         # frozen before a checkpoint is restored: a resumed run is held to the same policy as before
         reference = copy.deepcopy(policy).eval().requires_grad_(False) if args.kl_coef else None
+        run.shard(policy, reference)
         optimizer = run.optimizer(policy)
         seeds = SeedStream(args.seed, envs)
         collector = Collector(env, policy, seeds, args.execute or None)
@@ -352,8 +367,7 @@ def main(args: Args) -> None:
             run.evaluate(policy, env, iteration, counters["steps"])
             fraction = 1 - iteration / args.total_iterations if args.anneal else 1.0
             run.set_learning_rates(optimizer, fraction)
-            with run.timed("rollout"), run.autocast():
-                policy.eval()
+            with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rounds = [collector.episodes(start_seeds(args, iteration, number, envs)) for number in range(args.rollout_rounds)]
             with run.timed("train"):
                 policy.train()

@@ -29,7 +29,7 @@ from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments, divides
+from vlahub.run import Run, advice, arguments, divides, serve_envs
 
 
 @dataclass
@@ -54,6 +54,14 @@ class Args:
     """auto: this rank's GPU if there is one, else the CPU"""
     bf16: bool = False
     """compute in bfloat16; weights and optimizer stay in float32"""
+    shard: bool = False
+    """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    env_ranks: str = ""
+    """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
+    policy_ranks: str = ""
+    """see env_ranks; each policy rank gets as many env ranks"""
     track: bool = False
     """also log to Weights & Biases"""
 
@@ -91,6 +99,8 @@ class Args:
     """discount per chunk or action, whichever advantage_level says"""
     gae_lambda: float = 0.95
     """lambda of GAE"""
+    bootstrap_time_limit: bool = True
+    """a time limit is not an end: the value of the last observation stands for what would follow. False where being done in time is the task"""
     advantage_level: Literal["chunk", "action"] = "chunk"
     """one advantage per chunk, or one per action (needs a critic with one value per action)"""
     ratio_level: Level = "chunk"
@@ -116,6 +126,8 @@ class Args:
     """iterations between evaluations (one before the first); 0: never"""
     eval_episodes: int = 50
     """episodes of an evaluation: the same ones each time, none of which is trained on"""
+    video_every: int = 0
+    """iterations between films of a rollout (step and reward drawn on, in the run's folder videos); 0: none"""
     save_every: int = 10
     """iterations between checkpoints; running episodes are dropped there, so that a resumed run equals an uninterrupted one"""
     keep: int = 2
@@ -150,9 +162,10 @@ def gae(
 def advantages_of(rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(advantage, return, mask): per chunk [K, B], or per action [K, B, N]."""
     K, B, N = rollout.reward.shape
+    cut_value = rollout.cut_value * args.bootstrap_time_limit
     if args.advantage_level == "chunk":
         terminated, cut = rollout.terminated.any(2), rollout.truncated.any(2)
-        steps = (rollout.reward.sum(2), rollout.value[..., 0], rollout.next_value, terminated, cut, rollout.cut_value)
+        steps = (rollout.reward.sum(2), rollout.value[..., 0], rollout.next_value, terminated, cut, cut_value)
         return *gae(*steps, args.gamma, args.gae_lambda), rollout.row >= 0
 
     def in_time(grid: torch.Tensor) -> torch.Tensor:  # [K, B, N] -> [K * N, B]
@@ -160,7 +173,7 @@ def advantages_of(rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Ten
 
     # Actions after an episode's end lie between its last step and the next episode's first; the end cuts the sum before it reaches them.
     value = in_time(rollout.value[..., :N])
-    cut_value = in_time(rollout.cut_value[..., None].expand(K, B, N))
+    cut_value = in_time(cut_value[..., None].expand(K, B, N))
     steps = (in_time(rollout.reward), value, rollout.next_value, in_time(rollout.terminated), in_time(rollout.truncated), cut_value)
     advantage, returns = gae(*steps, args.gamma, args.gae_lambda)
     return advantage.view(K, N, B).transpose(1, 2), returns.view(K, N, B).transpose(1, 2), rollout.valid
@@ -212,19 +225,19 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
     advantage = rollout.flat((advantage - spread.mean) / (spread.std + 1e-8) * mask)  # [R] or [R, N]
     targets, target_mask, valid = rollout.flat(returns), rollout.flat(mask), rollout.flat(rollout.valid)
     old_value = rollout.flat(rollout.value)[:, : targets.shape[1]] if targets.ndim == 2 else rollout.flat(rollout.value)[:, 0]
+    old_log_prob, entries = reduce_log_prob(rollout.log_prob.float(), valid, args.ratio_level)
     warmup = iteration < args.critic_warmup
     totals: dict[str, float] = {}
     steps, stop = 0, False
 
     for epoch in range(args.update_epochs):
         for rows in minibatches(rollout, envs, args, iteration, epoch):
-            entries = reduce_log_prob(rollout.log_prob[rows], valid[rows], args.ratio_level)[1].sum()
-            counts = distributed.total(torch.stack([entries, target_mask[rows].sum()]).double())
+            counts = distributed.total(torch.stack([entries[rows].sum(), target_mask[rows].sum()]).double())
             if not counts.all():  # every decision of this minibatch was aborted, on all ranks
                 continue
             sums = torch.zeros(6, dtype=torch.float64, device=rows.device)
             micro = len(range(0, args.num_envs * args.num_chunks // args.num_minibatches // distributed.world(), args.micro_batch_size))
-            for part in rows.tensor_split(micro):  # as many on every rank, even where aborted decisions are missing
+            for number, part in enumerate(rows.tensor_split(micro), 1):  # as many on every rank, even where aborted decisions are missing
                 if not len(part):
                     part = rows[:1] if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device)
                     weight = 0.0  # takes part in what all ranks do together, adds nothing
@@ -233,7 +246,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
                 with run.autocast():
                     now = policy.evaluate({key: tensor[part] for key, tensor in rollout.trace.items()})
                 log_prob, entry_mask = reduce_log_prob(now.log_prob.float(), valid[part], args.ratio_level)
-                old, _ = reduce_log_prob(rollout.log_prob[part].float(), valid[part], args.ratio_level)
+                old = old_log_prob[part]
                 entropy, _ = reduce_log_prob(now.entropy.float(), valid[part], args.ratio_level)
                 scale = advantage[part].view(*advantage[part].shape, *[1] * (log_prob.ndim - advantage[part].ndim))
                 entry_mask, value_mask = entry_mask * weight, target_mask[part] * weight
@@ -244,6 +257,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
                 entropy_mean = (entropy * entry_mask).sum() / counts[0]
                 value_mean = (value_loss * value_mask).sum() / counts[1]
                 actor = 0.0 if warmup else policy_loss - args.entropy_coef * entropy_mean
+                distributed.sync_gradients(policy, number == micro)
                 # Gradients are averaged over the ranks, but the sums above are divided by the counts of all ranks already.
                 ((actor + args.value_coef * value_mean) * distributed.world()).backward()
                 with torch.no_grad():
@@ -273,12 +287,15 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
     check_args(args, ranks)
+    if ranks.policy_rank is not None:
+        return serve_envs(args, args.num_envs, ranks)
     run = Run("ppo", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface, value_head=True)
+        run.shard(policy)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)
         collector = Collector(env, policy, seeds, args.execute or None)
@@ -289,8 +306,7 @@ def main(args: Args) -> None:
             if run.evaluate(policy, env, iteration, counters["steps"]):
                 collector.restart()
             run.set_learning_rates(optimizer, 1 - iteration / args.total_iterations if args.anneal else 1.0)
-            with run.timed("rollout"), run.autocast():
-                policy.eval()
+            with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rollout = collector.steady(args.num_chunks)
             with run.timed("train"):
                 policy.train()

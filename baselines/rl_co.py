@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `baselines
 from baselines import ppo
 from baselines.ppo import advantages_of, critic_loss, minibatches, surrogate
 from vlahub import distributed
-from vlahub.dataset import Dataset, DatasetError, Loader
+from vlahub.dataset import Dataset, Loader, fitting
 from vlahub.distributed import Ranks, print0
-from vlahub.interface import Fit, InterfaceError, check
+from vlahub.interface import Fit
 from vlahub.policy import Policy
 from vlahub.rollout import Collector, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments, divides
+from vlahub.run import Run, advice, arguments, divides, serve_envs
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Args(ppo.Args):
     """add the supervised loss; without it this is plain PPO"""
     real_dataset: tuple[str, ...] = ()
     """folders of LeRobot datasets (v2.1 or v3.0) with the real robot's demonstrations"""
+    real_weights: tuple[float, ...] = ()
+    """how often each of them is drawn from; by default all frames of all datasets count alike"""
     sft_loss_weight: float = 0.2
     """beta, the weight of the supervised loss"""
     sft_batch_size: int = 16
@@ -84,34 +86,9 @@ def real_data(args: Args, policy: Policy, ranks: Ranks) -> tuple[Loader, Fit]:
     """The real robot's frames, as the policy expects them. What does not fit is an error that names the dataset and the field."""
     first = Dataset(args.real_dataset[0])
     datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.real_dataset]
-    wants, fits = policy.interface, []
-    for dataset in datasets:
-        if dataset.interface is not None:
-            try:
-                fits.append(check(dataset.interface, policy))
-            except InterfaceError as error:
-                raise DatasetError(f"--real-dataset {dataset.folder} (here 'the environment') and --policy {args.policy}: {error}") from error
-            continue
-        # somebody else's dataset does not say what its numbers mean, but how many there are can be compared
-        columns, cameras = dataset.columns, 1 + len(wants.wrists) + len(wants.extras) - len(wants.optional_cameras)
-        problems = []
-        if wants.state and dataset.states.shape[1] != wants.state_dim:
-            problems.append(f"{columns.states!r} has {dataset.states.shape[1]} numbers, the policy's state {wants.state_dim}")
-        if dataset.actions.shape[1] != wants.action_dim:
-            problems.append(f"{columns.actions!r} has {dataset.actions.shape[1]} numbers, the policy's action {wants.action_dim}")
-        if len(columns.images) < cameras:
-            problems.append(f"there are {len(columns.images)} cameras ({', '.join(columns.images)}), the policy needs {cameras}")
-        if wants.control_hz and abs(dataset.fps - wants.control_hz) > 1e-6:
-            problems.append(f"it has {dataset.fps:g} frames a second, the policy's control rate is {wants.control_hz:g}")
-        if problems:
-            raise DatasetError(f"--real-dataset {dataset.folder} does not fit --policy {args.policy}: {'; '.join(problems)}")
-        fits.append(Fit())
-    if any(fit != fits[0] for fit in fits):
-        raise DatasetError(
-            f"the real datasets need different adapters ({', '.join(f'{d.folder}: {fit}' for d, fit in zip(datasets, fits, strict=True))}); train on those that agree"
-        )
+    fit = fitting(datasets, policy, args.policy)
     print0(f"real data: {sum(map(len, datasets))} frames in {sum(len(dataset.episodes) for dataset in datasets)} episodes")
-    return Loader(datasets, args.sft_batch_size // ranks.world, args.seed, None, ranks.rank, ranks.world, args.loader_threads), fits[0]
+    return Loader(datasets, args.sft_batch_size // ranks.world, args.seed, args.real_weights or None, ranks.rank, ranks.world, args.loader_threads), fit
 
 
 def supervised_loss(policy: Policy, loader: Loader, fit: Fit, args: Args) -> torch.Tensor:
@@ -143,26 +120,26 @@ def update(
     advantage = rollout.flat((advantage - spread.mean) / (spread.std + 1e-8) * mask)  # [R] or [R, N]
     targets, target_mask, valid = rollout.flat(returns), rollout.flat(mask), rollout.flat(rollout.valid)
     old_value = rollout.flat(rollout.value)[:, : targets.shape[1]] if targets.ndim == 2 else rollout.flat(rollout.value)[:, 0]
+    old_log_prob, entries = reduce_log_prob(rollout.log_prob.float(), valid, args.ratio_level)
     warmup = iteration < args.critic_warmup
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "ratio", "ppo_loss", "sft_loss", "grad_norm")
     totals, steps, stop = dict.fromkeys(names, 0.0), 0, False
 
     for epoch in range(args.update_epochs):
         for rows in minibatches(rollout, envs, args, iteration, epoch):
-            entries = reduce_log_prob(rollout.log_prob[rows], valid[rows], args.ratio_level)[1].sum()
-            counts = distributed.total(torch.stack([entries, target_mask[rows].sum()]).double())
+            counts = distributed.total(torch.stack([entries[rows].sum(), target_mask[rows].sum()]).double())
             if not counts.all():  # every decision of this minibatch was aborted, on all ranks
                 continue
             sums = torch.zeros(8, dtype=torch.float64, device=rows.device)
             micro = micro_batches_of(args, distributed.world())
-            for part in rows.tensor_split(micro):  # as many on every rank, even where aborted decisions are missing
+            for number, part in enumerate(rows.tensor_split(micro), 1):  # as many on every rank, even where aborted decisions are missing
                 weight = 1.0 if len(part) else 0.0  # a filler takes part in what all ranks do together and adds nothing
                 if not len(part):
                     part = rows[:1] if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device)
                 with run.autocast():
                     now = policy.evaluate({key: tensor[part] for key, tensor in rollout.trace.items()})
                 log_prob, entry_mask = reduce_log_prob(now.log_prob.float(), valid[part], args.ratio_level)
-                old, _ = reduce_log_prob(rollout.log_prob[part].float(), valid[part], args.ratio_level)
+                old = old_log_prob[part]
                 entropy, _ = reduce_log_prob(now.entropy.float(), valid[part], args.ratio_level)
                 scale = advantage[part].view(*advantage[part].shape, *[1] * (log_prob.ndim - advantage[part].ndim))
                 entry_mask, value_mask = entry_mask * weight, target_mask[part] * weight
@@ -174,13 +151,16 @@ def update(
                 value_mean = (value_loss * value_mask).sum() / counts[1]
                 actor = 0.0 if warmup else policy_loss - args.entropy_coef * entropy_mean
                 ppo_loss = actor + args.value_coef * value_mean
+                supervised, last = real is not None and not warmup, number == micro
+                distributed.sync_gradients(policy, last and not supervised)
                 # Gradients are averaged over the ranks, but the sums above are divided by the counts of all ranks already.
                 (ppo_loss * distributed.world()).backward()
                 sft_loss = torch.zeros((), device=rows.device)
-                if real is not None and not warmup:
+                if supervised:
                     # a backward pass of its own: the graphs of both losses need not be in memory together
                     with run.autocast():
                         sft_loss = supervised_loss(policy, *real, args)
+                    distributed.sync_gradients(policy, last)
                     (args.sft_loss_weight * sft_loss / micro).backward()
                 with torch.no_grad():
                     log_ratio = (log_prob - old) * entry_mask
@@ -215,13 +195,16 @@ def update(
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
     check_args(args, ranks)
+    if ranks.policy_rank is not None:
+        return serve_envs(args, args.num_envs, ranks)
     run = Run("rl_co", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
         policy = run.load_policy(env.interface, value_head=True)
         real = real_data(args, policy, ranks) if args.use_real_data_co_training else None
+        run.shard(policy)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)
         collector = Collector(env, policy, seeds, args.execute or None)
@@ -234,8 +217,7 @@ def main(args: Args) -> None:
             if run.evaluate(policy, env, iteration, counters["steps"]):
                 collector.restart()
             run.set_learning_rates(optimizer, 1 - iteration / args.total_iterations if args.anneal else 1.0)
-            with run.timed("rollout"), run.autocast():
-                policy.eval()
+            with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rollout = collector.steady(args.num_chunks)
             with run.timed("train"):
                 policy.train()

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from vlahub import distributed
-from vlahub.dataset import Dataset, Loader
+from vlahub.dataset import Dataset, Loader, fitting
 from vlahub.distributed import Ranks, print0
-from vlahub.interface import check
 from vlahub.policy import Policy
 from vlahub.run import Run, advice, arguments, divides
 
@@ -56,6 +55,10 @@ class Args:
     """auto: this rank's GPU if there is one, else the CPU"""
     bf16: bool = False
     """compute in bfloat16; weights and optimizer stay in float32"""
+    shard: bool = False
+    """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
     track: bool = False
     """also log to Weights & Biases"""
 
@@ -152,17 +155,18 @@ def main(args: Args) -> None:
             )
         policy = run.load_policy(interface)
         datasets = [Dataset(folder, horizon=policy.horizon, columns=first.columns, cache_gb=args.cache_gb) for folder in args.dataset]
-        fit = check(interface, policy) if interface is not None else None
         share = args.batch_size // ranks.world
         loader = Loader(datasets, share, args.seed, args.weights or None, ranks.rank, ranks.world, args.loader_threads)
+        fit = fitting(datasets, policy, args.policy)
         if args.policy.startswith("tiny:") or args.dataset_statistics:
             policy.set_statistics(Dataset.joint_statistics(datasets, fit))
         print0(
             f"{sum(map(len, datasets))} frames in {sum(len(d.episodes) for d in datasets)} episodes; {sum(map(len, datasets)) / args.batch_size:.0f} iterations an epoch"
         )
 
-        optimizer = run.optimizer(policy)
         ema = copy.deepcopy(policy) if args.ema else None
+        run.shard(policy, ema)
+        optimizer = run.optimizer(policy)
         others = {"ema": ema} if ema is not None else {}
         counters = run.restore(policy, optimizer, {"iteration": 0}, others)
         loader.step = counters["iteration"]
@@ -175,7 +179,7 @@ def main(args: Args) -> None:
             policy.train()
             with run.timed("data"):
                 batch = next(loader)
-                batch = {**(fit.observation(batch) if fit else batch)}
+                batch = {**fit.observation(batch)}
             with run.timed("train"):
                 total = torch.zeros((), device=ranks.device)
                 positions = torch.arange(share) + iteration * args.batch_size + ranks.rank * share
@@ -185,6 +189,7 @@ def main(args: Args) -> None:
                     piece = {key: value[start : start + args.micro_batch_size] for key, value in batch.items()}
                     with run.autocast():
                         loss = policy.sft_loss(piece, seeds[start : start + args.micro_batch_size])
+                    distributed.sync_gradients(policy, start == parts[-1])
                     (loss / len(parts)).backward()
                     total += loss.detach() / len(parts)
                 mean = distributed.total(total).item() / ranks.world

@@ -12,6 +12,7 @@ The floor of a phase is the larger of its bytes over the measured copy bandwidth
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -264,7 +265,22 @@ def attempt(what: str, function):
         return None
 
 
-def run_family(family: str, device: str, tiny: bool, batches: list[int], peers: bool, rate: float, bandwidth: float) -> dict:
+@torch.no_grad()
+def profile(policy, batch: int) -> None:
+    """The kernels of one decision by their total time."""
+    views, size = (2, (256, 256)) if policy.family == "starvla" else (3, (240, 320))
+    inputs, seeds = policy.prepare(frames(batch, views, size)), torch.zeros(batch, 2, dtype=torch.int64)
+    policy.predict(inputs, seeds)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        policy.predict(inputs, seeds)
+        torch.cuda.synchronize()
+    print(f"--- kernels of one decision of {policy.family}, batch {batch}, acceleration {policy.config.acceleration}")
+    for entry in sorted(record.key_averages(), key=lambda entry: -entry.device_time_total)[:25]:
+        print(f"{entry.device_time_total / 1e3:>9.3f} ms  {entry.count:>6} x {entry.device_time_total / entry.count:>8.1f} us  {entry.key[:110]}", flush=True)
+
+
+def run_family(family: str, device: str, tiny: bool, batches: list[int], modes: list[str], peers: bool, rate: float, bandwidth: float) -> dict:
     views, size = (2, (256, 256)) if family == "starvla" else (3, (240, 320))
     words = tokenizer()
     start = time.perf_counter()
@@ -288,6 +304,8 @@ def run_family(family: str, device: str, tiny: bool, batches: list[int], peers: 
 
     def rows(mode: str, batch: int) -> None:
         policy.config = replace(policy.config, acceleration=mode)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         observation = frames(batch, views, size)
         inputs = policy.prepare(observation)
         if family == "starvla":
@@ -301,14 +319,14 @@ def run_family(family: str, device: str, tiny: bool, batches: list[int], peers: 
             calls = {"network": calls["network"], "act": calls["act"]}
         for stage, call in calls.items():
             report(family=family, who=f"vlahub {mode}", stage=stage, batch=batch, ms=measure(call, device, 1.0), floor_ms=floors[stage])
+        if device == "cuda":
+            print(f"         {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most", flush=True)
 
     for batch in batches:
-        for mode in ("off", "graph"):
+        for mode in modes:
             attempt(f"vlahub {mode}, batch {batch}", lambda mode=mode, batch=batch: rows(mode, batch))
-    if device == "cuda":
-        print(f"         {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most, up to batch {batches[-1]}", flush=True)
     if peers:
-        policy._fast.release()
+        policy.fast.release()
         peer = attempt("building the peer", lambda: (StarVLAPeer if family == "starvla" else LingBotPeer)(policy, device))
         if peer is not None:
             for batch in batches:
@@ -362,6 +380,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--families", nargs="+", default=["starvla", "lingbot"], choices=["starvla", "lingbot"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--modes", nargs="*", default=["off", "graph"], choices=["off", "graph"], help="forms of inference besides the compiled one")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a decision at the largest batch")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
     parser.add_argument("--compile-batches", nargs="*", type=int, default=[1, 64], help="batch sizes at which the compiled form is measured too")
     parser.add_argument("--seconds", type=float, default=230.0, help="no new compiled row is begun after this time")
@@ -376,14 +396,17 @@ def main() -> None:
     ROWS.append({"family": "", "who": name, "stage": "ceilings", "tflops": rate / 1e12, "tb_per_s": bandwidth / 1e12, "torch": torch.__version__})
     for index, family in enumerate(options.families):
         # each family gets its share of the time, compiled rows last
-        done = run_family(family, device, options.tiny, options.batches, not options.no_peers, rate, bandwidth)
+        done = run_family(family, device, options.tiny, options.batches, options.modes, not options.no_peers, rate, bandwidth)
         until = begun + options.seconds * (index + 1) / len(options.families)
         for batch in options.compile_batches if device == "cuda" else []:
             if time.perf_counter() > until - 15:
                 print(f"         compiled, batch {batch}: left out, the time is up", flush=True)
                 continue
             attempt(f"vlahub compile, batch {batch}", lambda batch=batch, done=done: done["rows"]("compile", batch))
+        if options.profile and device == "cuda":
+            attempt("the profile", lambda done=done: profile(done["policy"], options.batches[-1]))
         done.clear()
+        gc.collect()  # a policy and what accelerates it point at each other
         if device == "cuda":
             torch.cuda.empty_cache()
     summary()

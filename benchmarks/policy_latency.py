@@ -1,7 +1,7 @@
 """Latency of pi0 and pi0.5 at full size with random weights, beside transformers' own pi0 and beside the floor, in one run on one GPU.
 
     python benchmarks/policy_latency.py                      # the table; a JSON copy in $OUT if that is set
-    python benchmarks/policy_latency.py --quick              # pi0 at batch 1 and 64 only
+    python benchmarks/policy_latency.py --models pi0 --batches 1 64 --variants compile --no-grid --no-attention --no-peer   # the shortest
     python benchmarks/policy_latency.py --device cpu --tiny  # does the script work at all?
 
 Every number is the median over CUDA events of one decision: images already resized and text already tokenised (all tokens real) -> the whole chunk of normalised actions.
@@ -9,6 +9,7 @@ The floor of a phase is the larger of its bytes over the measured copy bandwidth
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -22,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from vlahub_policies.parts import capture, flow, gemma, images, text
+from vlahub_policies.parts import capture, flow, gemma, images, qwen_vl, text
 from vlahub_policies.parts.robots import LIBERO
-from vlahub_policies.pi0 import Pi0Config, Pi0Policy
+from vlahub_policies.pi0 import ACCELERATIONS, Pi0Config, Pi0Policy
 
 ROWS: list[dict] = []
 
@@ -121,6 +122,8 @@ def run(policy: Pi0Policy, model: str, variant: str, batch: int, cameras: int, t
     given = inputs_for(policy, batch, cameras, tokens)
     noise = torch.randn(batch, policy.horizon, policy.config.action_dim, device=device)
     try:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         first = decide(policy, given, noise, steps).cpu()
         started = time.perf_counter() - start
@@ -128,8 +131,9 @@ def run(policy: Pi0Policy, model: str, variant: str, batch: int, cameras: int, t
     except RuntimeError:  # out of memory, or a kernel that this machine lacks: say so and measure the rest
         traceback.print_exc()
         return None
-    report(model=model, variant=variant, batch=batch, cameras=cameras, tokens=tokens, steps=steps, ms=ms, start_s=started,
-           floor_ms=floor(policy, batch, cameras, tokens, steps, rate, bandwidth), note=f"first call {started:.1f} s")  # fmt: skip
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    report(model=model, variant=variant, batch=batch, cameras=cameras, tokens=tokens, steps=steps, ms=ms, start_s=started, peak_gib=peak,
+           floor_ms=floor(policy, batch, cameras, tokens, steps, rate, bandwidth), note=f"first call {started:.1f} s, at most {peak:.1f} GiB")  # fmt: skip
     return first
 
 
@@ -171,41 +175,37 @@ def profile(policy: Pi0Policy, what: str, batch: int, cameras: int, tokens: int)
 
 
 @torch.no_grad()
-def attention(device: str, batch: int, queries: int, keys: int) -> None:
+def attention(device: str, batch: int, queries: int, keys: int, heads: int = 8, groups: int = 1, size: int = 256) -> None:
     """One layer's attention in several forms, to choose by."""
-    q = torch.randn(batch, queries, 8, 256, device=device, dtype=torch.bfloat16)
-    k, v = (torch.randn(batch, keys, 1, 256, device=device, dtype=torch.bfloat16) for _ in range(2))
-    bias = torch.zeros(batch, 1, queries, keys, device=device, dtype=torch.bfloat16)
+    q = torch.randn(batch, queries, heads, size, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, keys, groups, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    bias = gemma.bias_of(torch.ones(batch, queries, keys, dtype=torch.bool, device=device), torch.bfloat16)
+    repeated = bias.repeat(1, 1, heads // groups, 1)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def fused(backend):
         def function(inputs):
             with sdpa_kernel(backend):
-                return {"out": gemma.attend(inputs["q"], k, v, bias)}
+                return {"out": qwen_vl.joint_attention(inputs["q"].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), repeated)}
 
         return function
-
-    def products(inputs):
-        rows = inputs["q"].transpose(1, 2).reshape(batch, -1, 256)  # heads beside queries: one product serves all heads
-        scores = rows @ k[:, :, 0].transpose(1, 2) * 256**-0.5
-        weights = (scores.unflatten(1, (8, -1)).float() + bias).softmax(-1).to(rows.dtype)
-        return {"out": (weights.flatten(1, 2) @ v[:, :, 0]).unflatten(1, (8, -1)).transpose(1, 2).reshape(batch, queries, -1)}
 
     def triton(*tile):
         from vlahub_policies.parts import kernels
 
         return lambda inputs: {"out": kernels.attend(inputs["q"], None, (k, v), bias, tile)}
 
-    forms = {f"triton {rows}/{warps}": triton(rows, warps) for rows, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))}
-    forms |= {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "products": products}
+    tiles = ((16, 4, 4), (32, 4, 1), (32, 8, 1), (64, 4, 1), (128, 8, 1))
+    forms = {f"triton {'/'.join(map(str, tile))}": triton(*tile) for tile in (tiles[1:] if batch > 1 else tiles)}
+    forms |= {"efficient": fused(SDPBackend.EFFICIENT_ATTENTION), "cudnn": fused(SDPBackend.CUDNN_ATTENTION)}
     for name, form in forms.items():
         try:
             captured = capture.Captured(lambda inputs, form=form: [form(inputs) for _ in range(20)][-1])
             ms = measure(lambda captured=captured: captured({"q": q}), device, 0.3) / 20
-            print(f"attention  {name:<13} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  {1e3 * ms:>8.1f} us", flush=True)
-            ROWS.append({"attention": name, "batch": batch, "queries": queries, "keys": keys, "us": 1e3 * ms})
+            print(f"attention  {name:<15} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  head {size}  {1e3 * ms:>8.1f} us", flush=True)
+            ROWS.append({"attention": name, "head": size, "batch": batch, "queries": queries, "keys": keys, "us": 1e3 * ms})
         except Exception as error:  # a kernel that this machine or library lacks: say so and measure the rest
-            print(f"attention  {name:<13} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
+            print(f"attention  {name:<15} batch {batch:>3}  queries {queries:>4}  keys {keys:>4}  not available: {str(error).splitlines()[0][:90]}", flush=True)
 
 
 def peer(device: str, tiny: bool):
@@ -260,14 +260,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--quick", action="store_true", help="pi0 at batch 1 and 64 only")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument(
+        "--variants", nargs="+", default=list(ACCELERATIONS), choices=ACCELERATIONS, help="forms of inference; others are compared with the first"
+    )
+    parser.add_argument(
+        "--no-grid", dest="grid", action="store_false", help="two cameras and 10 steps only; else the last variant with 1 to 3 cameras and 4 steps too"
+    )
+    parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave out the comparison of attention kernels")
+    parser.add_argument("--tiles", type=Path, help="the file that kernel_tiles.py wrote: measure with its best tiles")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a decision at batch 1 and of a prefix at batch 64")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
     parser.add_argument("--models", nargs="+", default=["pi0", "pi05"], choices=["pi0", "pi05"], help="which of our models")
-    parser.add_argument("--grid", default="compile", help="acceleration at which every number of cameras and steps is measured")
-    parser.add_argument(
-        "--compile-batches", nargs="*", type=int, default=[1, 8, 64], help="batch sizes at which the compiled form is measured too (each compiles anew)"
-    )
     options = parser.parse_args()
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -277,15 +281,21 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     rate, bandwidth = ceilings(device)
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s bf16, {bandwidth / 1e12:.2f} TB/s copy", flush=True)
-    if device == "cuda":
+    if device == "cuda" and options.attention:
         for batch in (1, 64):
             attention(device, batch, 560, 560)
             attention(device, batch, 51, 611)
-    models = options.models[:1] if options.quick else options.models
-    batches = (1, 64) if options.quick else (1, 8, 64)
-    if options.tiny:
-        batches = (1, 2)
-    for model in models:
+        attention(device, 64, 216, 216, 16, 2, 128)  # LingBot's prefix and suffix
+        attention(device, 64, 51, 267, 16, 2, 128)
+    if options.tiles:
+        from vlahub_policies.parts import kernels
+
+        best = json.loads(options.tiles.read_text())["best"]
+        kernels.ATTENTION, overlap = tuple(best.pop("attention")), best.pop("overlap")
+        kernels._overlaps = lambda device: overlap
+        kernels.TILES = {name: kernels.Tile(**tile) for name, tile in best.items()}
+    batches = (1, 2) if options.tiny else options.batches
+    for model in options.models:
         pi05 = model == "pi05"
         tokens = 200 if pi05 else 48
         config = Pi0Config(pi05=pi05, max_token_len=tokens, interface=LIBERO, acceleration="graph")
@@ -298,35 +308,33 @@ def main() -> None:
             torch.nn.init.normal_(norm.dense.weight, std=0.02)  # they start at zero, with every gate closed: nothing would be compared
         policy.to(device).cast(torch.bfloat16)
         print(f"{model}: {sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters built in {time.perf_counter() - start:.1f} s", flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            print(f"       {torch.cuda.memory_allocated() / 2**30:.1f} GiB of weights", flush=True)
         args = dict(rate=rate, bandwidth=bandwidth)
         for batch in batches:
-            reference = run(policy, model, "off", batch, 2, tokens, 10, **args)
-            same = run(policy, model, "graph", batch, 2, tokens, 10, **args)
-            if reference is not None and same is not None:
-                error = (reference - same).norm() / reference.norm()
-                print(f"       eager and graph differ by {float(error):.1e} of the norm", flush=True)
-            kernel = run(policy, model, "kernels", batch, 2, tokens, 10, **args)
-            if reference is not None and kernel is not None:
-                print(f"       eager and kernels differ by {float((reference - kernel).norm() / reference.norm()):.1e} of the norm", flush=True)
-                if batch in (1, 64):
+            reference = None
+            for variant in options.variants:
+                out = run(policy, model, variant, batch, 2, tokens, 10, **args)
+                if reference is None:
+                    reference = out
+                elif out is not None:
+                    print(
+                        f"       {options.variants[0]} and {variant} differ by {float((reference - out).norm() / reference.norm()):.1e} of the norm", flush=True
+                    )
+                if out is not None and batch in (1, 64) and variant in ("kernels", "compile"):
                     phases(policy, model, batch, 2, tokens)
-            if batch in options.compile_batches:
-                compiled = run(policy, model, "compile", batch, 2, tokens, 10, **args)
-                if reference is not None and compiled is not None:
-                    print(f"       eager and compiled differ by {float((reference - compiled).norm() / reference.norm()):.1e} of the norm", flush=True)
-                if batch in (1, 64):
-                    phases(policy, model, batch, 2, tokens)
-                run(policy, model, "compile", batch, 2, tokens, 4, **args)
             if options.profile and device == "cuda" and batch in (1, 64):
                 profile(policy, "decision", batch, 2, tokens)
                 if batch == 64:
                     profile(policy, "prefix", batch, 2, tokens)
-        if not options.quick:
+        if options.grid:
             for batch in batches:
                 for cameras, steps in ((1, 10), (3, 10), (1, 4), (2, 4), (3, 4)):
-                    run(policy, model, options.grid, batch, cameras, tokens, steps, **args)
-            run(policy, model, options.grid, 1, 2, 16, 10, **args)
+                    run(policy, model, options.variants[-1], batch, cameras, tokens, steps, **args)
+            run(policy, model, options.variants[-1], 1, 2, 16, 10, **args)
         del policy
+        gc.collect()  # a policy and what accelerates it point at each other
         if device == "cuda":
             torch.cuda.empty_cache()
     if not options.no_peer:

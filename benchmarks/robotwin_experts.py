@@ -34,10 +34,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names of tasks; all by default")
     parser.add_argument("--seeds", type=int, default=50, help="layouts 0 to this many")
     parser.add_argument("--assets", default="stand-in", help="asset set, as the environment's argument of the same name")
+    parser.add_argument("--randomization", default="clean", choices=("clean", "randomized"), help="as the environment's argument of the same name")
+    parser.add_argument("--embodiment", default="aloha-agilex", help="as the environment's argument of the same name")
     args = parser.parse_args()
     print("| task | step limit | expert | control steps | physics steps | reset, ms |\n|---|---|---|---|---|---|")
     for name in args.tasks:
-        simulation = RoboTwin(task=name, cameras=("head",), camera_size=(16, 16), assets=args.assets)
+        options = {"assets": args.assets, "randomization": args.randomization, "embodiment": args.embodiment}
+        simulation = RoboTwin(task=name, cameras=("head",), camera_size=(16, 16), **options)
         expert, rows, resets = ScriptedExpert(simulation), [], []
         for seed in range(args.seeds):
             rows.append((seed, *episode(simulation, expert, seed)))

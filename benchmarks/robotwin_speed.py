@@ -1,4 +1,4 @@
-"""How fast RoboTwin-ClickBell runs, where the time goes, and what a worker needs in memory.
+"""How fast RoboTwin-ClickBell runs in one process, and where the time goes. `robotwin_rollout.py` has many processes, resets and memory.
 
     python -m benchmarks.robotwin_speed                # 2 cores, 3 cameras of 240 x 320, chunks of 25
     python -m benchmarks.robotwin_speed --chunk 50 --episodes 8
@@ -39,8 +39,6 @@ class Args:
     """the figures are medians over rounds"""
     cores: int = 2
     """CPU cores to use"""
-    resets: int = 200
-    """resets over which the growth of memory is measured"""
 
 
 def resident_mib() -> float:
@@ -133,18 +131,6 @@ def main(args: Args) -> None:
     for label, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {label:32s} {100 * seconds / total:5.1f} %")
     print(f"  {'everything else':32s} {100 * (1 - sum(spent.values()) / total):5.1f} %")
-
-    for seed in range(20):
-        env.reset(seed=seed)
-    before, begin = resident_mib(), time.perf_counter()
-    for seed in range(args.resets):
-        env.simulation.reset(seed, {})
-    duration = (time.perf_counter() - begin) / args.resets
-    for seed in range(args.resets):
-        env.reset(seed=seed)  # and draw
-    after = resident_mib()
-    print(f"\nmemory of this worker {after:.0f} MiB; {2 * args.resets} resets, half of them drawn, grow it by {100 * (after / before - 1):.2f} %")
-    print(f"reset {1000 * duration:.1f} ms without the first look")
 
 
 if __name__ == "__main__":

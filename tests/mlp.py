@@ -54,6 +54,9 @@ class MlpPolicy(Policy):
         overrides.pop("value_head", None)  # it always has one
         return cls(MlpConfig(_wants(interface), **{"head": cls.head, **overrides}))
 
+    def blocks(self) -> list[nn.Module]:
+        return [self.actor]
+
     @classmethod
     def from_config(cls, config: MlpConfig, folder: Path | None = None) -> Self:
         return cls(config)

@@ -228,8 +228,44 @@ def test_loader_mixes_by_weight(tmp_path, world):
     assert 0.71 < (loader.indices(0) < len(a)).mean() < 0.79  # 0.75 +- 4 standard errors
     with pytest.raises(ValueError, match="2 positive numbers"):
         Loader([a, b], batch_size=2, weights=[1, 0])
-    record(tmp_path / "c", PointWorld(size=16), 1)
-    Loader([a, Dataset(tmp_path / "c")], batch_size=1)
+
+
+def test_datasets_that_do_not_go_together_are_refused_by_name(tmp_path, world):
+    record(tmp_path / "a", world, 1)
+    a = Dataset(tmp_path / "a")
+    for name, other, fps, words in (
+        ("told", PointWorld(size=16, wrists=2, extras=1, told=True), 10, "told has 4 numbers in states, .*a has 2"),
+        ("fast", world, 20, "fast has 20 frames per second, .*a has 10"),
+        ("small", PointWorld(size=8, wrists=2, extras=1), 10, r"small has \[\[8, 8, 3\]\] as shapes of main_images, .*a has \[\[16, 16, 3\]\]"),
+        ("blind", PointWorld(size=16), 10, r"blind has \[\] as shapes of wrist_images"),
+    ):
+        observations, actions = episode(other, 0)
+        DatasetWriter(tmp_path / name, other.interface, fps=fps).add_episode(observations, actions)
+        with pytest.raises(DatasetError, match=words + ".*datasets of one loader must agree .*rl_co.md"):
+            Loader([a, Dataset(tmp_path / name)], batch_size=1)
+
+
+def test_an_empty_episode_a_broken_video_and_missing_statistics_are_named(tmp_path, world):
+    record(tmp_path, world, 2, images="video")
+    dataset = Dataset(tmp_path)
+    film = dataset.episodes[1].videos["observation.images.top"][0]
+    whole = film.read_bytes()
+    for content, words in ((whole[: len(whole) // 3], "is no readable video"), (b"", "is no readable video")):
+        film.write_bytes(content)
+        with pytest.raises(DatasetError, match=rf"episode_000001.mp4 {words}"):
+            dataset[dataset.episodes[1].start]
+    film.unlink()
+    with pytest.raises(DatasetError, match="episode_000001.mp4"):
+        dataset[dataset.episodes[1].start]
+    stats, lines = tmp_path / "meta/episodes_stats.jsonl", tmp_path / "meta/episodes.jsonl"
+    stats.write_text(stats.read_text().splitlines()[0] + "\n")
+    with pytest.raises(DatasetError, match=r"episodes_stats.jsonl has no statistics of episode 1, .*DatasetWriter"):
+        convert_to_v30(tmp_path, tmp_path / "new")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    rows[0]["length"] = 0
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DatasetError, match=r"episode 0 has no frames, .*episodes=\["):
+        Dataset(tmp_path)
 
 
 def test_import_brings_no_torch():

@@ -50,6 +50,21 @@ def test_parse_ranks_says_what_is_wrong(text, words):
         parse_ranks(text, 8)
 
 
+@pytest.mark.parametrize(
+    ("envs", "policies", "words"),
+    [
+        ("0-1", "", r"env_ranks \(0-1\) and policy_ranks \(none\) come together"),
+        ("0-1", "1-3", r"rank 1 stands in env_ranks \(0-1\) and in policy_ranks \(1-3\)"),
+        ("0-1", "3", r"rank 2 stands neither in env_ranks \(0-1\) nor in policy_ranks \(3\); this run has ranks 0 to 3"),
+        ("0", "1-3", "1 env ranks cannot be shared evenly by 3 policy ranks"),
+        ("0-4", "5", "there is no rank 4"),
+    ],
+)
+def test_roles_that_cannot_be_are_refused(envs, policies, words):
+    with pytest.raises(ValueError, match=words):
+        distributed._split(distributed.Ranks(0, 4, 0, torch.device("cpu")), envs, policies)
+
+
 @pytest.mark.parametrize(("count", "world"), [(8, 2), (7, 3), (2, 4), (0, 2)])
 def test_shares_cover_everything_once_and_evenly(count, world):
     parts = [share(count, rank, world) for rank in range(world)]
@@ -130,15 +145,16 @@ model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 d.broadcast_weights(model)
 inputs = torch.arange(12, dtype=torch.float32).reshape(4, 3) / 10
 spare = nn.Parameter(torch.ones(2))  # used on rank 1 only
+unused = nn.Parameter(torch.ones(2))
 loss = model(inputs[2 * ranks.rank : 2 * ranks.rank + 2]).square().mean() + (spare.sum() if ranks.rank else 0)
 loss.backward()
-d.average_gradients([*model.parameters(), spare])
+d.average_gradients([*model.parameters(), spare, unused])
 got = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 model(inputs).square().mean().backward()
 for g, p in zip(got, model.parameters()):
     torch.testing.assert_close(g, p.grad)
-assert spare.grad.tolist() == [0.5, 0.5]
+assert spare.grad.tolist() == [0.5, 0.5] and unused.grad is None
 
 # FSDP2: the same step, sharded
 whole_model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))

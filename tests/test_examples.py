@@ -1,10 +1,13 @@
 """The examples run as a user runs them: from the root of the repository, as a script."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlahub import catalog, video
@@ -46,3 +49,37 @@ def test_the_code_of_the_own_env_stays_short():
 def test_pi0_inference():
     out = run("pi0_inference.py")
     assert "chunk (10, 7) in" in out and "log-probabilities (4, 10, 7)" in out
+
+
+def test_finetuning_a_tiny_policy(tmp_path):
+    out = run("finetune.py", "--out", tmp_path, "--episodes", 10, "--steps", 2)
+    assert "step 2: loss" in out and "it loads as Pi0Policy" in out
+
+
+def test_finetuning_a_published_checkpoint(tmp_path):
+    pytest.importorskip("sentencepiece")
+    from tests.policies import published
+    from vlahub.dataset import DatasetWriter
+    from vlahub.interface import Camera
+    from vlahub_policies.parts.robots import LIBERO
+
+    rng = np.random.default_rng(0)
+    cameras = {"main": Camera("agentview", 64, 64), "wrists": (Camera("eye_in_hand", 64, 64),)}
+    with DatasetWriter(tmp_path / "demos", replace(LIBERO, **cameras), fps=20) as writer:
+        for _ in range(2):
+            frames = [
+                {
+                    "main_images": rng.integers(0, 256, (64, 64, 3), np.uint8),
+                    "wrist_images": rng.integers(0, 256, (64, 64, 3), np.uint8),
+                    "states": rng.normal(size=8).astype(np.float32),
+                    "task_descriptions": "close the drawer",
+                }
+                for _ in range(3)
+            ]
+            writer.add_episode(frames, rng.uniform(-1, 1, (3, 7)).astype(np.float32))
+    folder = published.lerobot(tmp_path / "pi05_base", published.network(pi05=True), None)
+    out = run(
+        "finetune.py", "--dataset", tmp_path / "demos", "--checkpoint", folder, "--robot", "libero", "--out", tmp_path / "out", "--steps", 2, "--batch-size", 2
+    )
+    trained, every = (int(part.replace(",", "")) for part in re.search(r"([\d,]+) of ([\d,]+) parameters train", out).groups())
+    assert 0 < trained < every / 2 and "it loads as Pi0Policy" in out

@@ -56,7 +56,7 @@ def test_a_mistyped_path_says_that_it_is_no_folder(known, path):
 
 
 def test_a_mistyped_bundled_id_suggests_the_nearest(known):
-    with pytest.raises(UnknownId, match=r"no bundled policy is called 'vlahub/a-tiny-pont'; did you mean 'vlahub/a-tiny-point'\?"):
+    with pytest.raises(UnknownId, match=r"no bundled checkpoint is called 'vlahub/a-tiny-pont'; did you mean 'vlahub/a-tiny-point'\?"):
         resolve("vlahub/a-tiny-pont")
 
 

@@ -7,14 +7,16 @@ import torch
 
 from tests.mlp import MlpPolicy
 from tests.worlds import POINT
+from vlahub.env import ChunkResult
 from vlahub.interface import InterfaceError
-from vlahub.rollout import Collector, SeedStream, reduce_log_prob
+from vlahub.rollout import Collector, Film, SeedStream, reduce_log_prob
 from vlahub.vector import VectorEnv
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one slot", "two slots"])
+@pytest.fixture(scope="module", params=[(1, 2), (2, 2), (2, 0)], ids=["one slot", "two slots", "in process"])
 def env(request):
-    env = VectorEnv(POINT, num_envs=4, workers=2, slots=request.param, max_steps=9, timeout=60)
+    slots, workers = request.param
+    env = VectorEnv(POINT, num_envs=4, workers=workers, slots=slots, max_steps=9, timeout=60)
     yield env
     env.close()
 
@@ -77,6 +79,29 @@ def test_whole_episodes_share_starts_and_stop_costing_when_done(env):
     assert rollout.valid.sum((0, 2)).tolist() == [lengths[b] for b in range(4)]
     assert len(rollout.log_prob) == sum(-(-length // 2) for length in lengths.values()), "no decision after an episode's end"
     assert rollout.next_value is None
+
+
+def test_a_film_shows_the_first_environment_and_stays_short(env, monkeypatch):
+    model = policy(env)
+    plain, filmed = collector(env, model), collector(env, model)
+    filmed.film = film = Film()
+    rollout = filmed.steady(10)
+    assert torch.equal(rollout.reward, plain.steady(10).reward), "looking changes nothing"
+    assert film.every == 1 and len(film.frames) == int(rollout.valid[:, 0].sum()) > 10, "one picture per control step that ran"
+    monkeypatch.setattr("vlahub.rollout.FRAMES", 6)
+    filmed.film = film = Film()
+    filmed.steady(10)
+    assert film.every == 2 and len(film.frames) == 6
+
+
+def test_pictures_of_a_film_have_one_size_whatever_the_instructions():
+    film = Film()
+    for instruction in ("go", "a long instruction " * 8):
+        info = {"frames": [[np.full((24, 24, 3), 255, np.uint8)]], "success": [True]}
+        film.add(ChunkResult({}, np.ones((1, 1)), np.ones((1, 1), bool), np.zeros((1, 1), bool), np.ones(1, int), info), instruction, 0, 0.0, 20)
+    first, second = film.pictures()
+    assert film.frames[0].shape < film.frames[1].shape and first.shape == second.shape
+    assert (first[-300:] == film.frames[0][-300:]).all()
 
 
 def test_an_aborted_episode_is_in_no_row():

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from vlahub import distributed, hub
 from vlahub.hub import CheckpointError
@@ -52,7 +51,7 @@ def save(
 
     Args:
         counters: whatever else the run continues from (iteration, environment steps, the next environment seed), as JSON.
-        others: further policies that the run carries along (a moving average), whole on every rank; each in a folder of its name.
+        others: further policies that the run carries along (a moving average); each in a folder of its name.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -65,11 +64,8 @@ def save(
 
     distributed.on_rank0(refuse_to_overwrite)
     tensors, optimizer_state = _gather(policy, optimizer)
-    states = [_random_state()]
-    if dist.is_initialized():
-        gathered = [None] * distributed.world() if distributed.rank() == 0 else None
-        dist.gather_object(states[0], gathered)
-        states = gathered or []
+    beside = {name: whole_tensors(other) for name, other in (others or {}).items()}
+    states = distributed.gather([_random_state()])
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +76,7 @@ def save(
         draft.mkdir()
         policy.save_pretrained(draft / "policy", tensors=tensors)
         for name, other in (others or {}).items():
-            other.save_pretrained(draft / name)
+            other.save_pretrained(draft / name, tensors=beside[name])
         torch.save({"optimizer": optimizer_state, "scheduler": scheduler.state_dict() if scheduler else None}, draft / "training.pt")
         torch.save(states, draft / "rng.pt")
         record = {"version": VERSION, "step": step, "family": policy.family, "world": distributed.world(), "counters": dict(counters or {})}
@@ -141,14 +137,23 @@ def load(
 # ------------------------------------------------------------------------------------------------ weights and optimizer, whole or sharded
 
 
+def whole_tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    """The state dict with full tensors. A collective for a sharded policy, whose tensors then lie on the CPU of rank 0 alone; the other ranks get nothing."""
+    if not distributed.is_sharded(policy):
+        return policy.state_dict()
+    tied, tensors = hub.tied(policy), {}
+    for name, tensor in policy.state_dict().items():
+        if name == min(tied.get(name, [name])):  # tied parameters stand in the file once
+            tensors[name] = _whole(tensor)  # one at a time: all of them may not fit beside the shards
+    return tensors if distributed.rank() == 0 else {}
+
+
 def _gather(policy: Policy, optimizer: Optimizer | None) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Full tensors on the CPU (with shards, on rank 0 only), and the optimizer's state by parameter name, so that it fits any number of ranks.
 
     torch's own get_optimizer_state_dict would take a step with a fresh optimizer to see what its state looks like, which changes the run.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    tensors = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors = whole_tensors(policy)
     if optimizer is None:
         return tensors, None
     names, record = _parameter_names(policy, optimizer), optimizer.state_dict()
@@ -200,10 +205,13 @@ def _parameter_names(policy: Policy, optimizer: Optimizer) -> list[str]:
 
 
 def _whole(value: Any) -> Any:
-    """A tensor on the CPU, gathered if it is sharded."""
+    """A tensor on the CPU; one that is sharded is gathered, and only rank 0 keeps it."""
     if not isinstance(value, torch.Tensor):
         return value
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu().clone()
+    if not hasattr(value, "full_tensor"):
+        return value.detach().cpu().clone()
+    full = value.full_tensor()
+    return full.detach().cpu() if distributed.rank() == 0 else None
 
 
 def _part(value: Any, parameter: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""`vlahub list | doctor | eval | record | plot`: the command line. `python -m vlahub` is the same.
+"""`vlahub list | doctor | assets | eval | record | plot`: the command line. `python -m vlahub` is the same.
 
 A subcommand is a function with a docstring; its signature is the command's help. Errors of the user's making are one message and exit status 2;
 `--debug` anywhere on the line shows the traceback instead.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # `--policy module:function` names a module beside the user, which an installed script does not look for
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    commands = {"list": list_cards, "doctor": doctor, "eval": evaluate, "record": record, "plot": plot}
+    commands = {"list": list_cards, "doctor": doctor, "assets": assets, "eval": evaluate, "record": record, "plot": plot}
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -63,7 +63,7 @@ def list_cards(id: tyro.conf.Positional[str] = "", json: tyro.conf.FlagCreatePai
         id: an environment, policy or family; its whole card is shown.
         json: for machines.
     """
-    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES}
+    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES, "weights": catalog.WEIGHTS}
     if id:
         found = [(kind, cards[id]) for kind, cards in kinds.items() if id in cards]
         if not found:
@@ -137,6 +137,8 @@ def _show_all() -> None:
     for family in catalog.FAMILIES.values():
         mine = {name: card for name, card in catalog.POLICIES.items() if card.family == family.name}
         show(f"Policies of the family {family.name}: {family.summary}", mine)
+    if catalog.WEIGHTS:
+        show("World models", catalog.WEIGHTS)
     console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.", soft_wrap=True)
 
 
@@ -147,7 +149,8 @@ def _trained_for(card: Any) -> str:
 
 
 def _with_fix(card: Any) -> str:
-    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "")
+    asks = getattr(card, "asks", "")
+    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "") + (f" (needs {asks})" if asks else "")
 
 
 def _plain(text: Any) -> Any:
@@ -165,6 +168,43 @@ def doctor() -> int:
     from vlahub import doctor as checks
 
     return checks.main()
+
+
+# ------------------------------------------------------------------------------------------------ assets
+
+
+def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreatePairsOff[bool] = False, dir: Path | None = None) -> int:
+    """Show where the official assets of an environment family are looked for and whether they are complete, or download them.
+
+    Without them, environments run on generated stand-ins. Exit status 1 if the assets asked about are not complete.
+
+    Args:
+        name: the family's word, such as `libero`; all of them by default.
+        download: fetch them from the Hugging Face hub. Files that are there already are not loaded again.
+        dir: the folder of this family's assets, instead of NAME in $VLAHUB_ASSETS or in ~/.cache/vlahub/assets.
+    """
+    from vlahub import assets as packs
+
+    if not name:
+        if download or dir:
+            raise ValueError(f"say which assets: vlahub assets NAME --download; known are {', '.join(packs.PACKS) or 'none'}")
+        for pack in packs.PACKS.values():
+            print(f"{pack.name}: {pack.summary}\n    {packs.find(pack.name) or f'not here: vlahub assets {pack.name} --download ({pack.megabytes} MB)'}")
+        return 0
+    pack = packs.pack_of(name)
+    if download:
+        print(f"{pack.repository} (dataset on the Hugging Face hub), {pack.megabytes} MB. Licence: {pack.licence}")
+        folder = packs.download(name, dir and dir.expanduser())
+        print(f"complete: {folder}" + (f". In use where VLAHUB_ASSETS={folder.parent} or assets='{folder}' is given" if dir else ""))
+        return 0
+    states = {folder: packs.missing(name, folder) if folder.is_dir() else None for folder in ([dir.expanduser()] if dir else packs.folders(name))}
+    print(f"{pack.summary} Licence: {pack.licence}")
+    for folder, gone in states.items():
+        print(f"    {folder}: " + ("does not exist" if gone is None else packs.complaint(gone) if gone else "complete"))
+    if any(gone == [] for gone in states.values()):
+        return 0
+    print(f"not complete anywhere: {packs.how_to_get(name)}")
+    return 1
 
 
 # ------------------------------------------------------------------------------------------------ eval
@@ -323,6 +363,8 @@ def record(
     format: Literal["v2.1", "v3.0"] = "v2.1",
     images: Literal["png", "jpeg", "video"] = "png",
     only_successes: bool = True,
+    noise: float = 0.0,
+    after: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -331,7 +373,7 @@ def record(
     env_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
     policy_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
 ) -> int:
-    """Record demonstrations of the expert or a policy as a LeRobot-format dataset, one row per control step.
+    """Record demonstrations of the expert or a policy, with failures if asked for, as a LeRobot-format dataset, one row per control step.
 
     The same command continues a recording that was interrupted; more episodes extend a v2.1 dataset.
 
@@ -344,7 +386,9 @@ def record(
         seed: decides the episodes, with their number.
         format: of the dataset; openpi and RLinf read v2.1, lerobot from 0.4 on v3.0.
         images: how pictures are kept; png is lossless.
-        only_successes: leave out episodes that were not solved; they are listed in any case.
+        only_successes: leave out episodes that were not solved; they are listed in any case. --no-only-successes keeps them.
+        noise: standard deviation of Gaussian noise on every action, in action units; for a world model's data. The noisy action is what is recorded.
+        after: control steps that an episode goes on for once it was solved; world models and success classifiers need to see the solved state.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
         timeout: seconds that a simulation may take to start, reset or run a chunk.
@@ -370,6 +414,8 @@ def record(
         version=format,
         images=images,
         only_successes=only_successes,
+        noise=noise,
+        after=after,
         execute=execute,
         max_steps=max_steps,
         timeout=timeout,

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlahub import video
-from vlahub.interface import Fit, Interface
+from vlahub.interface import Fit, Interface, InterfaceError, check
 from vlahub.observation import Observation, stack, views
 
 CHUNK = 1000  # episodes per folder, as LeRobot's `chunks_size`
@@ -35,6 +35,9 @@ INDEX_COLUMNS = {"timestamp": "float32", "frame_index": "int64", "episode_index"
 ROLES = ("main_images", "wrist_images", "extra_view_images")
 DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+
+
+CONVERT = "docs/rl_co.md shows how to convert a dataset"
 
 
 class DatasetError(ValueError):
@@ -329,7 +332,7 @@ class Dataset:
         elif version == "v3.0":
             entries, self.tasks = self._entries_v30()
         else:
-            raise DatasetError(f"{info_file}: codebase_version is {version!r}; v2.1 and v3.0 can be read")
+            raise DatasetError(f"{info_file}: codebase_version is {version!r}; v2.1 and v3.0 can be read (lerobot's own scripts convert older ones to v2.1)")
         if episodes is not None:
             known = {entry.index: entry for entry in entries}
             if unknown := [index for index in episodes if index not in known]:
@@ -337,6 +340,10 @@ class Dataset:
             entries = [known[index] for index in episodes]
         if not entries:
             raise DatasetError(f"{folder} holds no episode")
+        if empty := [entry.index for entry in entries if entry.length < 1]:
+            raise DatasetError(
+                f"{folder}: episode {empty[0]} has no frames, so there is nothing to learn from it; leave it out with episodes=[...], or record it again"
+            )
         self.episodes = entries
         self._read_small_columns()
         self._images: dict[tuple[str, int], np.ndarray] = {}
@@ -407,6 +414,25 @@ class Dataset:
         self.states, self.actions, self.texts = np.concatenate(states), np.concatenate(actions), texts
         self._place, self._row = np.array(place), np.array(rows)
         self._last = np.cumsum([entry.length for entry in self.episodes]) - 1  # last frame of each episode
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of one number per frame, such as "next.success", over the frames kept: [F]."""
+        if name not in self.features:
+            raise DatasetError(f"{self.folder} has no column {name!r}; it has {', '.join(self.features)}")
+        parts = [_read_table(entry.file, [name])[name].slice(entry.first_row, entry.length).to_numpy() for entry in self.episodes]
+        return np.concatenate(parts)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What datasets that are drawn from together must have in common."""
+        roles = {role: getattr(self.columns, role) for role in ROLES}
+        shapes = {role: [self.features[name]["shape"] for name in ((names,) if isinstance(names, str) else names)] for role, names in roles.items()}
+        return {
+            "numbers in states": self.states.shape[1],
+            "numbers in actions": self.actions.shape[1],
+            "frames per second": self.fps,
+            **{f"as shapes of {role}": found for role, found in shapes.items()},
+        }
 
     @property
     def statistics(self) -> dict[str, dict[str, list[float]]]:
@@ -515,6 +541,40 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return stack(items)
 
 
+def fitting(datasets: Sequence[Dataset], policy: Any, name: str) -> Fit:
+    """How all of these datasets meet a policy. What does not fit is an error that names the dataset and the field.
+
+    Args:
+        name: what the user calls the policy.
+    """
+    wants, fits = policy.interface, []
+    for dataset in datasets:
+        if dataset.interface is not None:
+            try:
+                fits.append(check(dataset.interface, policy))
+            except InterfaceError as error:
+                raise DatasetError(f"{dataset.folder} (here 'the environment') and --policy {name}: {error}") from error
+            continue
+        # somebody else's dataset does not say what its numbers mean, but how many there are can be compared
+        columns, cameras = dataset.columns, 1 + len(wants.wrists) + len(wants.extras) - len(wants.optional_cameras)
+        problems = []
+        if wants.state and dataset.states.shape[1] != wants.state_dim:
+            problems.append(f"{columns.states!r} has {dataset.states.shape[1]} numbers, the policy's state {wants.state_dim}")
+        if dataset.actions.shape[1] != wants.action_dim:
+            problems.append(f"{columns.actions!r} has {dataset.actions.shape[1]} numbers, the policy's action {wants.action_dim}")
+        if len(columns.images) < cameras:
+            problems.append(f"there are {len(columns.images)} cameras ({', '.join(columns.images)}), the policy needs {cameras}")
+        if wants.control_hz and abs(dataset.fps - wants.control_hz) > 1e-6:
+            problems.append(f"it has {dataset.fps:g} frames a second, the policy's control rate is {wants.control_hz:g}")
+        if problems:
+            raise DatasetError(f"{dataset.folder} does not fit --policy {name}: {'; '.join(problems)} ({CONVERT})")
+        fits.append(Fit())
+    if any(fit != fits[0] for fit in fits):
+        found = ", ".join(f"{dataset.folder}: {fit}" for dataset, fit in zip(datasets, fits, strict=True))
+        raise DatasetError(f"the datasets need different adapters ({found}); train on those that agree")
+    return fits[0]
+
+
 class Loader:
     """Endless shuffled batches. Batch k is a pure function of (seed, k), so `step` is all the state there is, and ranks share one order.
 
@@ -541,10 +601,9 @@ class Loader:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         first = datasets[0]
         for other in datasets[1:]:
-            for what in ("states", "actions"):
-                a, b = getattr(first, what).shape[1], getattr(other, what).shape[1]
-                if a != b:
-                    raise DatasetError(f"{other.folder} has {b} numbers in {what}, {first.folder} has {a}; datasets of one loader must agree")
+            for what, mine in first.layout.items():
+                if (theirs := other.layout[what]) != mine:
+                    raise DatasetError(f"{other.folder} has {theirs} {what}, {first.folder} has {mine}; datasets of one loader must agree ({CONVERT})")
         if weights is not None and (len(weights) != len(datasets) or min(weights) <= 0):
             raise ValueError(f"weights must be {len(datasets)} positive numbers, one per dataset, not {list(weights)}")
         self.datasets, self.batch_size, self.seed, self.rank, self.world = list(datasets), batch_size, seed, rank, world
@@ -602,6 +661,11 @@ def convert_to_v30(source: str | Path, target: str | Path) -> Path:
         raise DatasetError(f"{target} exists and is not empty; choose another folder")
     video_columns = [name for name, feature in dataset.features.items() if feature["dtype"] == "video"]
     stats = {line["episode_index"]: line["stats"] for line in _read_jsonl(source / "meta/episodes_stats.jsonl")}
+    if missing := [entry.index for entry in dataset.episodes if entry.index not in stats]:
+        raise DatasetError(
+            f"{source / 'meta/episodes_stats.jsonl'} has no statistics of episode {missing[0]}{' and others' if missing[1:] else ''}, which v3.0 keeps; "
+            f"write the episodes anew with DatasetWriter ({CONVERT})"
+        )
     texts = {line["episode_index"]: line["tasks"] for line in _read_jsonl(source / "meta/episodes.jsonl")}
     groups: list[list[EpisodeEntry]] = []
     size = 0

@@ -13,11 +13,14 @@ Every function works without torchrun as well, as if there were one rank.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,19 +33,30 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """Where this process stands.
+
+    With roles (`env_ranks`, `policy_ranks`) rank and world count the policy ranks alone, the team that infers and trains; an env rank has rank -1.
+    """
 
     rank: int  # 0 to world - 1, over all nodes
     world: int
     local_rank: int  # on this node; chooses the GPU
     device: torch.device
+    env_ranks: tuple[int, ...] = ()  # of a policy rank: the ranks, as torchrun numbers them, that hold its environments; empty: it holds them itself
+    policy_rank: int | None = None  # of an env rank: the rank that it simulates for
 
 
-def setup(device: str | None = None, timeout: float = 600.0) -> Ranks:
+# The ranks that all functions below speak of: None for all, or those that infer and train while others simulate for them.
+_team: dist.ProcessGroup | None = None
+_groups: dict[str, dist.ProcessGroup] = {}  # further ones: "cpu", "roles"
+
+
+def setup(device: str | None = None, env_ranks: str = "", policy_ranks: str = "", timeout: float = 600.0) -> Ranks:
     """Join the other processes that torchrun started, or stand alone.
 
     Args:
         device: "cpu" or "cuda"; by default cuda where there is one.
+        env_ranks, policy_ranks: "0-3" and "4-7": which ranks only simulate, and which infer and train. Both empty: every rank does everything.
         timeout: seconds after which a collective operation that a rank does not join is an error.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,21 +77,54 @@ def setup(device: str | None = None, timeout: float = 600.0) -> Ranks:
         # Both backends: NCCL moves what is on GPUs, gloo what is on the CPU (observations, objects)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=chosen if kind == "cuda" else None)
-    return Ranks(rank, world, local_rank, chosen)
+    return _split(Ranks(rank, world, local_rank, chosen), env_ranks, policy_ranks)
+
+
+def _split(ranks: Ranks, env_ranks: str, policy_ranks: str) -> Ranks:
+    """Give the ranks their roles. Every policy rank gets as many env ranks, consecutive ones."""
+    global _team
+    if not env_ranks and not policy_ranks:
+        return ranks
+    if not (env_ranks and policy_ranks):
+        raise ValueError(
+            f"env_ranks ({env_ranks or 'none'}) and policy_ranks ({policy_ranks or 'none'}) come together: one says who simulates, the other who infers and trains"
+        )
+    envs, policies = parse_ranks(env_ranks, ranks.world), parse_ranks(policy_ranks, ranks.world)
+    if twice := sorted(set(envs) & set(policies)):
+        raise ValueError(f"rank {twice[0]} stands in env_ranks ({env_ranks}) and in policy_ranks ({policy_ranks}); without both, every rank does everything")
+    if idle := sorted(set(range(ranks.world)) - set(envs) - set(policies)):
+        raise ValueError(
+            f"rank {idle[0]} stands neither in env_ranks ({env_ranks}) nor in policy_ranks ({policy_ranks}); this run has ranks 0 to {ranks.world - 1}"
+        )
+    if len(envs) % len(policies):
+        raise ValueError(
+            f"{len(envs)} env ranks cannot be shared evenly by {len(policies)} policy ranks; give each policy rank as many env ranks, at least one"
+        )
+    each = len(envs) // len(policies)
+    _team = dist.new_group(policies)
+    # Observations and actions travel by gloo. An env rank waits as long as the policies train, and a rank that dies is noticed by its connection.
+    _groups["roles"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if ranks.rank in envs:
+        return replace(ranks, rank=-1, world=len(policies), policy_rank=policies[envs.index(ranks.rank) // each])
+    place = policies.index(ranks.rank)
+    return replace(ranks, rank=place, world=len(policies), env_ranks=tuple(envs[place * each : (place + 1) * each]))
 
 
 def cleanup() -> None:
     """Leave the process group; without it NCCL warns at exit. Call it when all is well: after an error, exiting lets torchrun stop the other ranks."""
+    global _team
     if dist.is_initialized():
         dist.destroy_process_group()
+    _team = None
+    _groups.clear()
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank(_team) if dist.is_initialized() else 0
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size(_team) if dist.is_initialized() else 1
 
 
 def print0(*values: Any) -> None:
@@ -96,16 +143,20 @@ def barrier(what: str, seconds: float = 60.0) -> None:
         raise TimeoutError(f"rank {rank()} waited {seconds:g} s for the other ranks ({what}): {str(error).splitlines()[0]}") from error
 
 
-_groups: dict[str, dist.ProcessGroup] = {}
-
-
 def _cpu_group() -> dist.ProcessGroup | None:
     """A gloo group of all ranks: the default group if it is gloo alone, else one made at the first call, which all ranks must make together."""
     if dist.get_backend() == "gloo":
-        return None
+        return _team
     if "cpu" not in _groups:
-        _groups["cpu"] = dist.new_group(backend="gloo")
+        _groups["cpu"] = dist.new_group(
+            None if _team is None else dist.get_process_group_ranks(_team), backend="gloo", use_local_synchronization=_team is not None
+        )
     return _groups["cpu"]
+
+
+def roles_group() -> dist.ProcessGroup:
+    """What env ranks and policy ranks talk through."""
+    return _groups["roles"]
 
 
 def on_rank0(function: Callable[[], Result]) -> Result:
@@ -121,7 +172,7 @@ def on_rank0(function: Callable[[], Result]) -> Result:
     failure = answer[1]
     if failure is not None:  # an exception may not survive pickling; its words do
         answer[1] = f"{type(failure).__name__}: {failure}"
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, group=_team, group_src=0)
     if failure is not None:
         raise failure
     if answer[1] is not None:
@@ -194,15 +245,15 @@ def statistics(values: torch.Tensor, mask: torch.Tensor | None = None) -> Statis
     if chosen.numel():
         extremes = torch.stack([-chosen.min(), chosen.max()])
     if dist.is_initialized():
-        dist.all_reduce(total)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        dist.all_reduce(total, group=_team)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=_team)
     count = int(total[1])
     if count == 0:
         raise ValueError("there is nothing to take statistics of: no rank has an entry that the mask selects")
     mean = total[0] / count
     squares = (chosen - mean).square().sum()
     if dist.is_initialized():
-        dist.all_reduce(squares)
+        dist.all_reduce(squares, group=_team)
     std = (squares / max(count - 1, 1)).sqrt()
     return Statistics(mean.item(), std.item(), -extremes[0].item(), extremes[1].item(), count)
 
@@ -212,7 +263,7 @@ def average(metrics: Mapping[str, float], weight: float = 1.0) -> dict[str, floa
     gathered: list[Any] = [(dict(metrics), weight)]
     if dist.is_initialized():
         gathered = [None] * world()
-        dist.all_gather_object(gathered, (dict(metrics), weight))
+        dist.all_gather_object(gathered, (dict(metrics), weight), group=_team)
     sums: dict[str, list[float]] = {}
     for values, share_of in gathered:
         for name, value in values.items():
@@ -227,27 +278,37 @@ def any_rank(flag: bool) -> bool:
     if not dist.is_initialized():
         return flag
     gathered: list[Any] = [None] * world()
-    dist.all_gather_object(gathered, bool(flag))
+    dist.all_gather_object(gathered, bool(flag), group=_team)
     return any(gathered)
 
 
 # ------------------------------------------------------------------------------------------------ weights over all ranks
 
 
+BUCKET = 2**27  # numbers that are copied and reduced at once: few large messages, and no second copy of all gradients in memory
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Mean of the gradients over all ranks, in place: data parallelism for a model that every rank holds whole.
 
-    One reduction per dtype over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which were used.
+    One reduction per dtype and BUCKET over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which
+    were used; one without a gradient on any rank stays without, as on a single rank, and the optimizer leaves it alone.
     """
-    if world() == 1:
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if world() == 1 or not trained:
         return
-    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    for members in groups.values():
+    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group=_team)
+    buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+    for parameter, wanted in zip(trained, used.tolist(), strict=True):
+        if wanted:
+            full = buckets.setdefault((parameter.dtype, parameter.device), [[]])
+            if sum(member.numel() for member in full[-1]) + parameter.numel() > BUCKET:
+                full.append([])
+            full[-1].append(parameter)
+    for members in [bucket for full in buckets.values() for bucket in full if bucket]:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=_team)
         flat /= world()
         for parameter, gradient in zip(members, flat.split([p.numel() for p in members]), strict=True):
             if parameter.grad is None:
@@ -261,51 +322,121 @@ def broadcast_weights(module: nn.Module, source: int = 0) -> None:
     """Give every rank the parameters and buffers of rank `source`."""
     if world() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor, source)
+            dist.broadcast(tensor, group=_team, group_src=source)
 
 
 def mesh(ranks: Ranks, replicas: int = 1) -> Any:
     """The device mesh of all ranks for `shard`: one dimension, or (replicas, shards) where each group of ranks, a node say, holds a whole copy."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if ranks.world % replicas:
         near = [n for n in range(1, ranks.world + 1) if ranks.world % n == 0]
         raise ValueError(f"{ranks.world} ranks cannot hold {replicas} equal replicas; possible are {', '.join(map(str, near))}")
+    if _team is not None:
+        if replicas > 1:
+            raise ValueError("with env_ranks and policy_ranks the policy ranks hold one sharded copy together: replicas must be 1")
+        return DeviceMesh.from_group(_team, ranks.device.type, mesh_dim_names=("shard",))
     if replicas == 1:
         return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))
     return init_device_mesh(ranks.device.type, (replicas, ranks.world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-# The methods of a Policy that run its weights without going through forward()
-ENTRY_POINTS = ("act", "predict", "sample", "value", "evaluate", "sft_loss")
+# Methods that run weights without going through forward(): those of a Policy, and of a layer whose output nobody reads
+ENTRY_POINTS = ("act", "predict", "sample", "value", "evaluate", "sft_loss", "keys_values")
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: Any, dtype: torch.dtype | None = None, entry_points: Sequence[str] = ENTRY_POINTS) -> nn.Module:
-    """Shard a module's parameters over the ranks (FSDP2), in place.
+def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: Any, entry_points: Sequence[str] = ENTRY_POINTS) -> nn.Module:
+    """Shard a module's parameters over the ranks (FSDP2), in place; they move to the mesh's device on the way.
+
+    Weights are gathered in their own dtype, and autocast decides about computation: bfloat16 with float32 master weights then gives the same numbers as without
+    shards. Gathering in bfloat16 would halve the traffic and round the norms, which the models' originals keep in float32.
 
     Args:
-        blocks: sub-modules that are gathered and freed one at a time, the transformer layers; they must run through forward().
-        dtype: of computation; the sharded parameters keep theirs (float32 master weights with dtype=torch.bfloat16). Gradients are reduced in float32.
-        entry_points: methods besides forward() that use the weights. They are registered at once: called without, the blocks would
-            take themselves for roots, and the next real forward would fail.
+        blocks: sub-modules that are gathered and freed one at a time, the transformer layers.
+        entry_points: methods besides forward() that use the weights, of the module and of blocks. They are registered at once: called without, the blocks
+            would take themselves for roots, and the next real forward would fail.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Slices of outputs are views; nothing writes into them, which is what the warning is about.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
-    for name in entry_points:
-        if hasattr(module, name):
-            register_fsdp_forward_method(module, name)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)  # what comes after it is its own backward pass
+    for part in (module, *blocks):
+        inside: list[str] = []  # the entry point that runs
+        for name in entry_points:
+            if hasattr(part, name):
+                plain = getattr(part, name)
+                register_fsdp_forward_method(part, name)
+                setattr(part, name, _outermost(plain, getattr(part, name), inside))
     return module
+
+
+def _outermost(plain: Callable, gathering: Callable, inside: list[str]) -> Callable:
+    """A method that gathers its module's weights, unless another such method of the module called it: at the end of the inner one they would be freed."""
+
+    @functools.wraps(plain)
+    def run(*given: Any, **named: Any) -> Any:
+        if inside:
+            return plain(*given, **named)
+        inside.append(plain.__name__)
+        try:
+            return gathering(*given, **named)
+        finally:
+            inside.clear()
+
+    return run
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` was applied to it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all weights of a sharded module, so a forward pass needs no other rank: in rollouts, where ranks do not ask in step, and where
+    rank 0 evaluates alone. A collective at its beginning; nothing for a module that is whole anyway. No gradients inside, and no state_dict(), which shards again.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not module, recurse=False)
+
+
+def sync_gradients(module: nn.Module, on: bool) -> None:
+    """Whether the next backward pass reduces a sharded module's gradients over the ranks; only the last of several that accumulate needs to.
+    A module that is whole is reduced once per step, by `average_gradients`."""
+    if is_sharded(module):
+        module.set_requires_gradient_sync(on)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients, whole or sharded, down to `max_norm` in place. Returns their norm before, over all ranks' shards; a collective if they are sharded."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards it is a sum over ranks that is still to be made
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, element by element. A collective."""
     out = values.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(out)
+        dist.all_reduce(out, group=_team)
     return out
 
 
@@ -314,5 +445,5 @@ def gather(items: Sequence[Any]) -> list[Any]:
     if not dist.is_initialized():
         return list(items)
     gathered: list[Any] = [None] * world()
-    dist.all_gather_object(gathered, list(items))
+    dist.all_gather_object(gathered, list(items), group=_team)
     return [item for part in gathered for item in part]

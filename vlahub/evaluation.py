@@ -279,12 +279,13 @@ def random_actions(space: Any, seeds: Sequence[tuple[int, int]], count: int) -> 
 
 def fingerprint(policy: Any) -> str:
     """Twelve hex digits of a module's weights, from sixteen numbers of each tensor: cheap on billions of parameters, and any training moves them."""
-    if not hasattr(policy, "state_dict"):
+    if not hasattr(policy, "named_parameters"):
         return ""
     digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
+    # not state_dict(): it would take apart what `vlahub.distributed.whole` has put together
+    for name, tensor in sorted([*policy.named_parameters(remove_duplicate=False), *policy.named_buffers(remove_duplicate=False)]):
         flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy()
+        some = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().clone().numpy()  # a copy: numpy would hold on to memory that shards give back
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + some.tobytes())
     return digest.hexdigest()[:12]
 
@@ -487,7 +488,7 @@ def evaluate(
 
 def _vector_env(env: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any], policy: Any) -> Any:
     """The vector env: the one given, or one made of an id or a card."""
-    if hasattr(env, "step_chunk") and hasattr(env, "num_envs"):
+    if hasattr(env, "recv") and hasattr(env, "num_envs"):
         if env_options or max_steps is not None:
             raise ValueError("env_options and max_steps belong to making an environment; this one exists already")
         if env.autoreset_mode.name != "DISABLED":

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ class Sample:
     trace: Trace  # all that `evaluate` needs: batch-first tensors, inputs already processed
 
 
-@dataclass
-class Evaluation:
+class Evaluation(NamedTuple):  # a tuple, because FSDP looks for the outputs' gradients in tuples, lists and dicts
     """The same decisions under the present weights, with gradients."""
 
     log_prob: torch.Tensor  # as in Sample
@@ -105,6 +104,12 @@ class Policy(nn.Module):
         """Scalar supervised loss. `batch`: a batched observation plus `actions` [B, T, D] in env units and, optionally, `action_is_pad` [B, T] bool.
 
         `seeds` [B, 2] as in `sample`: the noise and time that a flow policy trains on."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The sub-modules that hold most of the weights and run one after another, the transformer layers: with --shard they are gathered one at a time.
+        They run through forward(), or a method in `vlahub.distributed.ENTRY_POINTS`. The policy's own methods call self.forward(...) and not self(...), which
+        would free weights that they still need. Without any blocks, sharding gathers the whole policy at once."""
+        return []
 
     @abstractmethod
     def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

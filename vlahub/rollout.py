@@ -15,9 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vlahub import video
+from vlahub.env import ChunkResult
 from vlahub.interface import check
 from vlahub.observation import Observation, select
 from vlahub.policy import Policy, Sample, Trace
+from vlahub.remote import RemoteEnv
 from vlahub.vector import VectorEnv
 
 Level = Literal["token", "action", "chunk"]
@@ -110,17 +113,45 @@ class SeedStream:
         return int(sequence.generate_state(1)[0] >> 1)  # 31 bits, as vlahub.env.checked_seed wants
 
 
+FRAMES = 240  # of a film at most: a rollout of hundreds of steps stays a short clip, and its pictures fit in memory
+
+
+@dataclass
+class Film:
+    """Pictures of the first environment during one rollout, with step, reward and return drawn on."""
+
+    frames: list[np.ndarray] = field(default_factory=list)
+    every: int = 1  # control steps between pictures; the collector spreads them over the rollout
+
+    def add(self, result: ChunkResult, instruction: str, step: int, total: float, max_steps: int) -> None:
+        """The pictures of one chunk, which began after `step` control steps with a return of `total`."""
+        rewards = result.reward[0].cumsum()
+        for i, picture in enumerate(result.info["frames"][0] or ()):
+            last = (i + 1) * self.every - 1  # the control step in this chunk that it was taken after
+            ended = bool(result.done[0]) and last == result.length[0] - 1
+            end = ("solved" if result.info["success"][0] else "not solved") if ended else ""
+            status = f"step {step + last + 1}/{max_steps}   reward {result.reward[0, last]:.2f}   return {total + rewards[last]:.2f}   {end}"
+            if len(self.frames) < FRAMES:
+                self.frames.append(video.caption(picture, instruction, status, {"solved": "good", "not solved": "bad"}.get(end, "plain")))
+
+    def pictures(self) -> list[np.ndarray]:
+        """The frames in one size: instructions of different episodes take different numbers of lines above them."""
+        height = max(map(len, self.frames))
+        return [np.pad(frame, ((height - len(frame), 0), (0, 0), (0, 0))) for frame in self.frames]
+
+
 class Collector:
     """Runs a policy in a vector env. Running episodes go on from one `steady` call to the next.
 
     Args:
-        env: the environments of this rank; with slots=2 the policy infers for one half while the other half simulates.
+        env: the environments of this rank, a VectorEnv or, where they live on other ranks, a RemoteEnv; with slots=2 the policy infers for one half while the
+            other half simulates.
         policy: compared with the environments' interface here.
         seeds: episode seeds in `steady`; exploration noise always.
         execute: N, how many actions of each chunk run before the policy looks again; the policy's own default if None.
     """
 
-    def __init__(self, env: VectorEnv, policy: Policy, seeds: SeedStream, execute: int | None = None):
+    def __init__(self, env: VectorEnv | RemoteEnv, policy: Policy, seeds: SeedStream, execute: int | None = None):
         self.env, self.policy, self.seeds = env, policy, seeds
         self.fit = check(env, policy)
         self.execute = policy.execute if execute is None else execute
@@ -132,6 +163,7 @@ class Collector:
         self.over = np.ones(count, bool)
         self.noise, self.seed, self.task, self.steps = (np.zeros(count, np.int64) for _ in range(4))
         self.total = np.zeros(count, np.float64)
+        self.film: Film | None = None  # set for a rollout of which pictures are wanted
 
     def restart(self) -> None:
         """Drop running episodes. Called at a checkpoint, so that a resumed run equals an uninterrupted one."""
@@ -196,12 +228,16 @@ class Collector:
         records: list[EpisodeRecord] = []
         decisions = aborted = 0
         running: dict[int, int] = {}  # slot -> the chunk that it simulates
+        if self.film is not None:
+            self.film.every = min(N, -(-chunks * N // FRAMES))
 
         def receive(slot: int) -> None:
             nonlocal aborted
             k, rows = running.pop(slot), self.slots[slot]
             with self._timed("simulate"):
                 result = self.env.recv(slot)
+            if self.film is not None and "frames" in result.info:
+                self.film.add(result, self.seen[slot]["task_descriptions"][0], int(self.steps[0]), float(self.total[0]), self.env.max_steps)
             self.seen[slot] = result.observation
             asked, lost = ~self.over[rows], np.asarray(result.info["aborted"], bool)
             ended = asked & (result.done | lost)
@@ -238,7 +274,10 @@ class Collector:
                     sample = self.policy.sample(self._observation(slot, asked), noise)
                     actions = np.zeros((len(rows), N, self.env.single_action_space.shape[0]), np.float32)
                     actions[asked] = self.fit.actions(sample.actions[:, :N].float().cpu().numpy())
-                self.env.send(actions, slot)
+                filmed = {}
+                if self.film is not None and slot == 0 and asked[0] and len(self.film.frames) < FRAMES:
+                    filmed = {"record": np.arange(len(rows)) == 0, "record_every": self.film.every}
+                self.env.send(actions, slot, **filmed)
                 running[slot] = k
                 row[k, rows[asked]] = np.arange(decisions, decisions + asked.sum())
                 decisions += int(asked.sum())

@@ -19,21 +19,26 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 import tyro
 
-from vlahub import catalog, checkpoint, distributed
+from vlahub import catalog, checkpoint, distributed, video
 from vlahub.catalog import key_values
 from vlahub.distributed import Ranks, print0
 from vlahub.evaluation import evaluate
 from vlahub.interface import Interface
 from vlahub.policy import Policy
-from vlahub.rollout import Rollout
+from vlahub.remote import RemoteEnv, serve
+from vlahub.rollout import Collector, Film, Rollout
 from vlahub.tracking import Tracker
 from vlahub.vector import VectorEnv, make
 
 EVAL_SEED = 1_000_003  # of evaluation episodes; the episodes of training draw theirs another way (vlahub.rollout.SeedStream)
 # What may change when a run is resumed; anything else would silently make it another run.
-MAY_CHANGE = {"resume", "total_iterations", "eval_every", "eval_episodes", "keep", "track", "workers", "out", "name", "device"}
+MAY_CHANGE = {
+    "resume", "total_iterations", "eval_every", "eval_episodes", "video_every", "keep", "track", "workers", "out", "name", "device", "shard",
+    "gradient_checkpointing", "env_ranks", "policy_ranks",
+}  # fmt: skip
 
 Args = TypeVar("Args")
 
@@ -50,6 +55,8 @@ class Shared(Protocol):
     resume: str
     seed: int
     bf16: bool
+    shard: bool
+    gradient_checkpointing: bool
     track: bool
     workers: int
     max_steps: int
@@ -117,9 +124,9 @@ def memory_advice(error: BaseException, args: Any) -> str:
     knobs = []
     if hasattr(args, "micro_batch_size"):
         knobs.append(f"a smaller --micro-batch-size (it is {args.micro_batch_size}; the batch and the result stay the same)")
-    if not getattr(args, "bf16", True):
-        knobs.append("--bf16")
-    knobs.append("gradient checkpointing, where the policy's family offers it")
+    for name, what in (("bf16", ""), ("gradient_checkpointing", ", where the policy's family offers it"), ("shard", " on several GPUs")):
+        if not getattr(args, name, True):
+            knobs.append(f"--{name.replace('_', '-')}{what}")
     for name, value in vars(args).items():
         if name in ("num_envs", "num_groups", "rollout_rounds", "num_chunks", "batch_size") and value > 1:
             knobs.append(f"a smaller --{name.replace('_', '-')} (it is {value})")
@@ -135,6 +142,29 @@ def advice(args: Any) -> Iterator[None]:
         if words := memory_advice(error, args):
             error.add_note(words)
         raise
+
+
+def make_env(args: Shared, count: int, ranks: int) -> VectorEnv:
+    """Environments in two halves that alternate where there are processes for both. `ranks` share the cores of this machine."""
+    options = key_values("env-options", args.env_options)
+    options |= {"max_steps": args.max_steps} if args.max_steps else {}
+    card = catalog.env_card(args.env_id)
+    batched = card.vector != catalog.EnvCard.vector  # on this rank's device: no processes, no halves
+    if batched or (card.cheap and not args.workers):
+        return make(args.env_id, num_envs=count, **options)
+    workers = min(count, args.workers or max(2, (os.cpu_count() or 1) // ranks))
+    return make(args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
+
+
+def serve_envs(args: Any, num_envs: int, ranks: Ranks) -> None:
+    """Life of an env rank: it simulates its share of all environments for a policy rank until that is done."""
+    env_ranks = len(distributed.parse_ranks(args.env_ranks, dist.get_world_size()))
+    divides(num_envs, env_ranks, "the number of environments", "the number of env ranks")
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's wish to stop is for the policy ranks, which still need their environments to save and leave
+        signal.signal(number, signal.SIG_IGN)
+    here = min(env_ranks, int(os.environ["LOCAL_WORLD_SIZE"]))
+    serve(lambda: make_env(args, num_envs // env_ranks, here), ranks.policy_rank)
+    distributed.cleanup()
 
 
 class Run:
@@ -170,24 +200,52 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ parts of a run
 
-    def make_env(self, count: int) -> VectorEnv:
-        """This rank's environments, in two halves that alternate where there are processes for both."""
-        options = key_values("env-options", self.args.env_options)
-        options |= {"max_steps": self.args.max_steps} if self.args.max_steps else {}
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(count, self.args.workers or max(2, (os.cpu_count() or 1) // ranks_here))
-        return make(self.args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
+    def make_env(self, count: int) -> VectorEnv | RemoteEnv:
+        """This rank's environments, wherever they live."""
+        if self.ranks.env_ranks:
+            return RemoteEnv(self.ranks.env_ranks)
+        return make_env(self.args, count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def load_policy(self, interface: Interface, **options: Any) -> Policy:
         """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
         distributed.seed_everything(self.args.seed)  # fresh weights and heads are the same on every rank
         options = {**options, **key_values("policy-options", self.args.policy_options)}
+        if self.args.gradient_checkpointing:
+            options["gradient_checkpointing"] = True
         family, _, name = self.args.policy.partition(":")
-        if family == "tiny":
-            policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
-        else:
-            policy = Policy.from_pretrained(self.args.policy, dtype=torch.float32, **options)
-        return policy.to(self.ranks.device)
+        try:
+            if family == "tiny":
+                policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
+            else:
+                policy = Policy.from_pretrained(self.args.policy, dtype=torch.float32, **options)
+        except TypeError as error:
+            if self.args.gradient_checkpointing and "gradient_checkpointing" in str(error):
+                raise ValueError(f"the family of {self.args.policy} does not offer gradient checkpointing: leave --gradient-checkpointing off") from error
+            raise
+        return policy if self.shards else policy.to(self.ranks.device)  # sharding moves one block at a time: the whole may not fit
+
+    @property
+    def shards(self) -> bool:
+        return self.args.shard and self.ranks.world > 1
+
+    def shard(self, *policies: Policy | None) -> None:
+        """With --shard: spread weights, gradients and optimizer state of each policy over the ranks. Make copies before, the optimizer after."""
+        if self.args.shard and not self.shards:
+            print0("--shard: one rank holds everything; start with torchrun on several")
+        for policy in policies if self.shards else ():
+            if policy is not None:
+                blocks = policy.blocks()
+                distributed.shard(policy, blocks, distributed.mesh(self.ranks))
+                print0(f"sharded over {self.ranks.world} ranks, gathered in {len(blocks) + 1} parts")
+
+    @contextlib.contextmanager
+    def acting(self, policy: Policy) -> Iterator[None]:
+        """Around rollouts and evaluations: the policy does not train, and every rank holds all of its weights."""
+        training = policy.training
+        policy.eval()
+        with self.autocast(), distributed.whole(policy):
+            yield
+        policy.train(training)
 
     def optimizer(self, policy: Policy, rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
         """AdamW over what trains; parameters whose name begins with a key of `rates` get that learning rate."""
@@ -201,6 +259,7 @@ class Run:
         return torch.optim.AdamW(
             [{"params": members, "lr": rates.get(name, self.args.learning_rate), "full_lr": rates.get(name, self.args.learning_rate)} for name, members in groups.items() if members],
             weight_decay=self.args.weight_decay,
+            fused=True,  # one kernel for all parameters
         )  # fmt: skip
 
     def set_learning_rates(self, optimizer: torch.optim.Optimizer, fraction: float) -> None:
@@ -218,6 +277,24 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - before
 
+    @contextlib.contextmanager
+    def filming(self, collector: Collector, iteration: int) -> Iterator[None]:
+        """Every `video_every` iterations rank 0 films its first environment, into videos/ITERATION.mp4; otherwise nothing is drawn."""
+        every = self.args.video_every
+        if not every or iteration % every or self.ranks.rank:
+            yield
+            return
+        collector.film = film = Film()
+        yield
+        collector.film = None
+        try:
+            if film.frames:
+                (self.folder / "videos").mkdir(exist_ok=True)
+                data = video.encode(film.pictures(), collector.env.metadata["render_fps"] / film.every)
+                video.save(self.folder / "videos" / f"{iteration:06d}.mp4", data)
+        except OSError as error:  # a full disk; the training does not depend on it
+            print(f"WARNING: iteration {iteration} has no video: {error}", flush=True)
+
     def step(self, optimizer: torch.optim.Optimizer, policy: Policy, loss: float, max_norm: float, only: str = "") -> float:
         """One optimizer step from the gradients of all ranks; returns their norm before clipping.
 
@@ -227,15 +304,18 @@ class Run:
             for name, parameter in policy.named_parameters():
                 if not name.startswith(only):
                     parameter.grad = None
-        distributed.average_gradients(policy.parameters())
-        norm = float(torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], max_norm))
+        if not distributed.is_sharded(policy):
+            with self.timed("sync"):
+                distributed.average_gradients(policy.parameters())
+        norm = distributed.clip_gradients(policy.parameters(), max_norm)
         if math.isfinite(norm) and math.isfinite(loss):
             optimizer.step()
             self.skipped_in_a_row = 0
         else:  # the same on every rank: loss and gradients are already averaged
             self.skipped += 1
             self.skipped_in_a_row += 1
-            guilty = [name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            mine = {name: p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for name, p in policy.named_parameters() if p.grad is not None}
+            guilty = list(dict.fromkeys(distributed.gather([name for name, gradient in mine.items() if not gradient.isfinite().all()])))
             where = f"the gradient of {', '.join(guilty[:3])}{' and others' if len(guilty) > 3 else ''}" if guilty else f"the loss ({loss})"
             print0(f"WARNING: optimizer step skipped, because {where} is not finite ({self.skipped_in_a_row} in a row, {self.skipped} in all)")
             if self.skipped_in_a_row >= self.args.max_skipped:
@@ -256,19 +336,16 @@ class Run:
         every = self.args.eval_every
         if not every or not self.args.env_id or (iteration % every and iteration != self.args.total_iterations):
             return False
-        policy.eval()
 
         def run() -> dict[str, float]:
             out = self.folder / "eval" / f"{iteration:06d}"
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after it; the weights may differ in the last digit
-            with self.autocast():
-                results = evaluate(
-                    env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy
-                )
+            results = evaluate(env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy)
             print(f"after {iteration} iterations: {results}", flush=True)
             return results.metrics()
 
-        self.tracker.log(steps, distributed.on_rank0(run))
+        with self.acting(policy):
+            self.tracker.log(steps, distributed.on_rank0(run))
         return True
 
     def log(self, steps: int, metrics: Mapping[str, float], rollout: Rollout | None = None) -> None:
@@ -312,7 +389,8 @@ class Run:
 
     def export(self, policy: Policy) -> None:
         """The finished policy, in the run's folder `policy`, for from_pretrained."""
-        distributed.on_rank0(lambda: str(policy.save_pretrained(self.folder / "policy")))
+        tensors = checkpoint.whole_tensors(policy)
+        distributed.on_rank0(lambda: str(policy.save_pretrained(self.folder / "policy", tensors=tensors)))
         print0(f"the policy is in {self.folder / 'policy'}: vlahub eval --env {self.args.env_id or 'ID'} --policy {self.folder / 'policy'}")
 
     def close(self) -> None:

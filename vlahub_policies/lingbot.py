@@ -29,7 +29,7 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
-from vlahub_policies.parts.acceleration import Acceleration, Mode
+from vlahub_policies.parts.acceleration import Accelerated, Acceleration, Quick, compiled, through
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
 from vlahub_policies.parts.packing import joined, lay_out
@@ -45,12 +45,12 @@ from vlahub_policies.parts.qwen_vl import (
     VisionConfig,
     VisionTower,
     attention_bias,
+    by_token,
     frequencies,
     joint_attention,
     pack,
     patchify,
     sizes_of,
-    through,
 )
 
 ROPE_BASE = 10000.0  # of both streams; Qwen's own base of a million and its three axes are not used
@@ -98,12 +98,17 @@ class ExpertLayer(nn.Module):
         before: tuple[torch.Tensor, torch.Tensor],
         length: int,
         bias: torch.Tensor,
+        attention: Callable | None = None,
     ) -> torch.Tensor:
-        """x [B, S, C]; `before` are the prefix's keys and values of this layer [B, G, P, d], with or without room for the suffix behind them."""
+        """x [B, S, C]; `before` are the prefix's keys and values of this layer [B, G, P, d], with or without room for the suffix behind them. `attention`: a kernel."""
         first, second = modulation
         q, k, v = self.self_attn.qkv(self.input_layernorm(x, first), *rotary)
-        k, v = (_behind(old, new, bias.shape[-1], length) for old, new in zip(before, (k, v), strict=True))
-        x = x + self.self_attn.out(joint_attention(q, k, v, bias))
+        if attention is None:
+            k, v = (_behind(old, new, bias.shape[-1], length) for old, new in zip(before, (k, v), strict=True))
+            seen = self.self_attn.out(joint_attention(q, k, v, bias))
+        else:
+            seen = self.self_attn.o_proj(attention(*by_token(q, (k, v), tuple(old[:, :, :length] for old in before)), bias))
+        x = x + seen
         return x + self.mlp(self.post_attention_layernorm(x, second))
 
 
@@ -171,7 +176,7 @@ class Network(nn.Module):
         self.action_out_proj = nn.Linear(expert.hidden, width)
         self.action_time_mlp_in = nn.Linear(2 * expert.hidden, expert.hidden)
         self.action_time_mlp_out = nn.Linear(expert.hidden, expert.hidden)
-        self.gradient_checkpointing, self.compiled = False, {}
+        self.gradient_checkpointing, self.quick = False, Quick()
 
     def prefix(
         self,
@@ -199,7 +204,7 @@ class Network(nn.Module):
 
         for index, layer in enumerate(layers):
             # no action depends on what the last layer makes of its own keys
-            x, k, v = through(self, layer, x, *turn, bias, not final and index == len(layers) - 1)
+            x, k, v = through(self.quick, self.gradient_checkpointing, layer, x, *turn, bias, not final and index == len(layers) - 1)
             cache.append((F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) if room else (k, v))
         hidden = self.language_model.norm(x) if final else None
         return self.context(cache, mask, horizon, hidden)
@@ -231,7 +236,7 @@ class Network(nn.Module):
         x = torch.cat([self.state_proj(state.to(dtype))[:, None], self.action_time_mlp_out(F.silu(actions))], 1)  # [B, 1 + H, C]
         length = prefix.mask.shape[1]
         for layer, modulation, before in zip(self.expert.layers, per_layer, prefix.cache, strict=True):
-            x = through(self, layer, x, modulation, prefix.turn, before, length, prefix.bias)
+            x = through(self.quick, self.gradient_checkpointing, layer, x, modulation, prefix.turn, before, length, prefix.bias)
         return self.expert.norm(x)[:, 1:]
 
     def velocity(self, features: torch.Tensor) -> torch.Tensor:
@@ -361,7 +366,7 @@ class Config:
     execute: int = 50  # of which this many run before the next prediction
     image_size: tuple[int, int] = (224, 224)  # height, width that every view is squeezed to, as Pillow's bilinear resize does it
     max_text: int = 72  # tokens of the instruction; longer ones are cut
-    acceleration: Mode = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
+    acceleration: Literal["off", "graph", "compile"] = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
     loss: Literal["l1", "mse"] = "l1"
 
     denoising_steps: int = 10  # of predict, along the ODE
@@ -369,6 +374,8 @@ class Config:
     num_steps: int = 10  # of sample and evaluate
     noise_level: float = 0.7
     joint_logprob: bool = False
+    noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.9 keeps paths smooth where a chunk is one motion
     value_head: bool = False
     value_hidden: tuple[int, ...] = (512, 256, 128)
 
@@ -398,10 +405,22 @@ class Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob)
+        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
 
 
-class LingBotPolicy(Policy):
+def quick_layers(policy: nn.Module, mode: str) -> dict[type, Callable]:
+    """Compiled layers; in bf16 with our attention kernel, which serves the heads that share keys at once."""
+    if mode != "compile":
+        return {}
+    kernel = {}
+    if policy.model.action_in_proj.weight.dtype == torch.bfloat16:
+        from vlahub_policies.parts import kernels
+
+        kernel = {"attention": kernels.attend_opaque}
+    return {VisionBlock: compiled(VisionBlock), DecoderLayer: compiled(DecoderLayer, **kernel), ExpertLayer: compiled(ExpertLayer, **kernel)}
+
+
+class LingBotPolicy(Accelerated, Policy):
     family: ClassVar[str] = "lingbot"
     Config: ClassVar[type] = Config
     fresh: ClassVar[tuple[str, ...]] = ("value_head.*", "noise_head.*", "*.lora_down", "*.lora_up")
@@ -426,11 +445,11 @@ class LingBotPolicy(Policy):
                     adapted.requires_grad_(False)
                     lora.add(adapted, config.lora_rank, config.lora_alpha)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._fast = Acceleration(self, self.denoise_all, pack_all, (DecoderLayer, ExpertLayer, VisionBlock))
+        self.fast = Acceleration(self, self.denoise_all, pack_all, quick_layers)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        self._fast.release()  # parameters move
-        return super()._apply(fn, recurse)
+    def blocks(self) -> list[nn.Module]:
+        # without the expert's layers: their norms are asked for their modulations from outside
+        return [self.model.language_model.embed_tokens, *self.model.visual.blocks, *self.model.language_model.layers]
 
     # -------------------------------------------------------------------------------------------- inputs
 
@@ -512,7 +531,7 @@ class LingBotPolicy(Policy):
     def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> tuple[flow.Walk, Trace]:
         """The walk, and what of the prefix goes into the trace."""
         given = {**self.trimmed(inputs), "x": x, **vars(plan.to(self.device)), **({} if noise is None else {"noise": noise})}
-        done = self._fast(given, self.config.acceleration)
+        done = self.fast(given)
         return flow.Walk(*(done.pop(name, None) for name in ("chain", "spread", "mean", "value"))), done
 
     def _prefix_to_trace(self, prefix: Prefix) -> Trace:

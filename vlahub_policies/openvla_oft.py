@@ -29,6 +29,7 @@ from torch import nn
 
 from vlahub import hub
 from vlahub.catalog import suggest
+from vlahub.distributed import is_sharded
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
@@ -378,6 +379,10 @@ class OpenVLAOFT(Policy):
         for part in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer, self.language_model.model):
             part.gradient_checkpointing = config.gradient_checkpointing
 
+    def blocks(self) -> list[nn.Module]:
+        vision, words = self.vision_backbone, self.language_model.model
+        return [words.embed_tokens, *vision.featurizer.blocks, *vision.fused_featurizer.blocks, *words.layers]
+
     # -------------------------------------------------------------------------------------------- making and loading
 
     @classmethod
@@ -506,7 +511,7 @@ class OpenVLAOFT(Policy):
     def _captured(self) -> dict[Any, Captured]:
         """The network with and without padding, and the image preparation, as CUDA graphs; empty where they do not apply."""
         head = self.language_model.lm_head.weight
-        if self.config.acceleration == "off" or self.device.type != "cuda" or torch.is_grad_enabled() or hasattr(head, "to_local"):  # sharded weights move
+        if self.config.acceleration == "off" or self.device.type != "cuda" or torch.is_grad_enabled() or is_sharded(self):  # sharded weights move
             return {}
         # a graph reads the addresses that it was captured with; these weights move whenever all do (a cast, a load, merged adapters)
         first = self.language_model.model.layers[0].self_attn.q_proj.weight

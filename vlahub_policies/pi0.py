@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +21,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlahub.hub import CheckpointError
 from vlahub.interface import Interface
 from vlahub.observation import Observation, batch_size, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
-from vlahub_policies.parts import aloha, capture, flow, images, lora, randomness, text
-from vlahub_policies.parts.gemma import MASKED, Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, SiglipLayer, pack, rotation
+from vlahub_policies.parts import aloha, flow, images, lora, randomness, text
+from vlahub_policies.parts.acceleration import Accelerated, Acceleration, Quick, compiled, through
+from vlahub_policies.parts.gemma import Gemma, GemmaConfig, GemmaLayer, KeysValues, Siglip, SiglipConfig, bias_of, pack, rotation
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
-from vlahub_policies.parts.packing import unpack
 from vlahub_policies.parts.robots import LIBERO
 
 # Forms of inference, each falling back to the one before it: plain; one CUDA graph per shape; with Triton kernels for Gemma; with the rest of the layers compiled.
@@ -69,6 +67,8 @@ class Pi0Config:
     num_steps: int = 4  # of sample and evaluate
     noise_level: float = 0.5
     joint_logprob: bool = False
+    noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
+    noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.95 keeps paths smooth where a chunk is one motion
     noise_range: tuple[float, float] = (0.08, 0.16)  # bounds of flow_noise's standard deviation
     value_head: bool = False
     value_from: Literal["actions", "prefix"] = "actions"  # the critic looks at the expert's action tokens, or at the language model's output
@@ -110,7 +110,7 @@ class Pi0Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob)
+        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
@@ -178,7 +178,7 @@ def in_float32(method: Callable) -> Callable:
     return run
 
 
-class Pi0Policy(Policy):
+class Pi0Policy(Accelerated, Policy):
     family: ClassVar[str] = "pi0"
     Config: ClassVar[type] = Pi0Config
     fresh: ClassVar[tuple[str, ...]] = ("value_head.*", "noise_head.*", "*.lora_down", "*.lora_up")
@@ -202,8 +202,8 @@ class Pi0Policy(Policy):
             self.action_time_mlp_in = nn.Linear(2 * width, width)
             self.action_time_mlp_out = nn.Linear(width, width)
         self.add_fresh()
-        self._quick: dict[type, Callable] = {}
-        self._release()
+        self.quick = Quick()
+        self.fast = Acceleration(self, self.denoise_all, pack, quick_layers, ACCELERATIONS)
 
     @property
     def paligemma(self) -> PaliGemma:
@@ -216,6 +216,12 @@ class Pi0Policy(Policy):
     @property
     def expert(self) -> Gemma:
         return self.paligemma_with_expert.gemma_expert.model
+
+    def blocks(self) -> list[nn.Module]:
+        towers = [self.paligemma.model.vision_tower.vision_model.encoder.layers, self.language_model.layers]
+        if not self.config.pi05:  # adaptive norms are asked for their modulations from outside their layers
+            towers.append(self.expert.layers)
+        return [self.paligemma.lm_head, *(layer for tower in towers for layer in tower)]
 
     # ------------------------------------------------------------------------------------------------ the network
 
@@ -238,7 +244,7 @@ class Pi0Policy(Policy):
         embedded, mask = self.embed_prefix(pixels, tokens, token_mask, image_mask)
         visible = mask[:, None, :] & mask[:, :, None]  # one block: every valid token sees every other
         turn = rotation(_positions(mask), self.config.vlm.head_dim)
-        out, kept = self.language_model(embedded, turn, _bias(visible, embedded.dtype), through=self._through, wanted=wanted)
+        out, kept = self.language_model(embedded, turn, bias_of(visible, embedded.dtype), through=self._through, wanted=wanted)
         return Prefix(kept, mask, out)
 
     @in_float32
@@ -274,12 +280,13 @@ class Pi0Policy(Policy):
         own = (blocks[None, :] <= blocks[:, None]).expand(len(prefix.mask), -1, -1)
         visible = torch.cat([prefix.mask[:, None, :].expand(-1, len(blocks), -1), own], dim=2)  # [B, S, P + S]
         positions = prefix.mask.sum(1, keepdim=True) + torch.arange(len(blocks), device=prefix.mask.device)
-        return rotation(positions, self.config.expert.head_dim), _bias(visible, self._compute_dtype)
+        return rotation(positions, self.config.expert.head_dim), bias_of(visible, self._compute_dtype)
 
     def expert_features(self, prefix: Prefix, state: torch.Tensor, x: torch.Tensor, timing: Timing, layout: tuple | None = None) -> torch.Tensor:
         """Output of the expert at the action tokens, after its final norm: [B, H, width] float32."""
         turn, bias = self.suffix_layout(prefix) if layout is None else layout
-        features, _ = self.expert(self.embed_suffix(state, x, timing), turn, bias, prefix.kept, timing.modulations, self._through)
+        run = self.expert if torch.is_grad_enabled() else functools.partial(self.quick.get(Gemma, Gemma.__call__), self.expert)
+        features, _ = run(self.embed_suffix(state, x, timing), turn, bias, prefix.kept, timing.modulations, self._through)
         return features[:, -self.config.horizon :].float()
 
     @in_float32
@@ -306,11 +313,7 @@ class Pi0Policy(Policy):
         return lambda x, t: self.denoised(self.expert_features(prefix, state, x, self.timing(t), layout))
 
     def _through(self, layer: nn.Module, *inputs: Any) -> Any:
-        """Run a layer: in its quick form for inference if there is one; in training keeping, or recomputing, what its gradient needs."""
-        if torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False) if self.config.gradient_checkpointing else layer(*inputs)
-        quick = self._quick.get(type(layer))
-        return quick(layer, *inputs) if quick else layer(*inputs)
+        return through(self.quick, self.config.gradient_checkpointing, layer, *inputs)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -438,7 +441,7 @@ class Pi0Policy(Policy):
         """The prefix once, then every step of the schedule: the walk, and what `evaluate` needs of the prefix."""
         given = {name: tensor for name, tensor in self._trim(inputs).items() if name in ("images", "tokens", "token_mask", "state")}
         given |= {"x": x, **vars(plan.to(self.device)), **({} if noise is None else {"noise": noise})}
-        done = self._accelerated(given)
+        done = self.fast(given)
         return flow.Walk(*(done.pop(name, None) for name in ("chain", "spread", "mean", "value"))), done
 
     def denoise_all(self, inputs: Trace) -> Trace:
@@ -459,34 +462,6 @@ class Pi0Policy(Policy):
             done |= self._prefix_to_trace(prefix, inputs["images"].shape[1]) if self.config.keep_prefix else {}
             done |= {"prefix_value": self._prefix_value(prefix, inputs)} if self.config.value_from == "prefix" and self.config.value_head else {}
         return done
-
-    def _accelerated(self, inputs: Trace) -> Trace:
-        """`denoise_all` in the quickest form that works here."""
-        if self.device.type != "cuda" or hasattr(self.action_in_proj.weight, "to_local"):  # sharded parameters come and go
-            return self.denoise_all(inputs)
-        if self._captured_for is not self.config:
-            self._release()
-            self._captured_for, self._acceleration = self.config, self.config.acceleration
-        while self._acceleration != "off":
-            try:
-                if self._captured is None:
-                    pack(self)
-                    self._quick = quick_layers(self._acceleration, self._compute_dtype)
-                    self._captured = capture.Captured(self.denoise_all)
-                return self._captured(inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler or driver objects to: the next form is slower, not wrong
-                slower = ACCELERATIONS[ACCELERATIONS.index(self._acceleration) - 1]
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                warnings.warn(f"acceleration={self._acceleration!r} failed, continuing with {slower!r}: {reason}", RuntimeWarning, stacklevel=2)
-                self._captured, self._quick, self._acceleration = None, {}, slower
-        return self.denoise_all(inputs)
-
-    def _release(self) -> None:
-        """Forget what was laid out, captured or compiled for parameters at their present addresses."""
-        unpack(self)
-        self._captured, self._quick, self._captured_for, self._acceleration = None, {}, None, "off"
 
     def _encode(self, inputs: Trace) -> Prefix:
         wanted = self.config.value_head and self.config.value_from == "prefix"
@@ -584,7 +559,7 @@ class Pi0Policy(Policy):
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Transformers in `dtype`; patch and position embeddings, Gemma's norms, and the flow and RL heads stay float32, as the originals run."""
-        self._release()
+        self.fast.release()
         for name, parameter in self.paligemma_with_expert.named_parameters():
             keep = any(
                 part in name for part in ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm", "model.norm.", "lora_")
@@ -593,21 +568,6 @@ class Pi0Policy(Policy):
         if dtype == torch.float64:
             self.to(dtype)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_captured": None, "_quick": {}}  # a graph belongs to the parameters that it was captured with
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._release()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._release()  # `assign` replaces parameters
-        return super().load_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        self._release()  # parameters move
-        return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------------------------------------ making and saving
 
@@ -634,7 +594,9 @@ class Pi0Policy(Policy):
     @classmethod
     def from_config(cls, config: Pi0Config, folder: Path | None = None) -> Self:
         if folder is None:
-            raise ValueError("a pi0 policy needs a tokenizer: from_config(config, folder with a tokenizer.model), or Pi0Policy(config, tokenizer)")
+            raise ValueError(
+                "a pi0 policy needs a tokenizer: from_config(config, folder with a tokenizer.model or tokenizer.json), or Pi0Policy(config, tokenizer)"
+            )
         return cls(config, text.find(folder, fits=config.vocab_size))
 
     @classmethod
@@ -658,37 +620,19 @@ class Pi0Policy(Policy):
         nn.init.normal_(self.paligemma.model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.02)
 
     def side_files(self) -> dict[str, bytes]:
-        return {text.FILE: self.tokenizer.model}
+        return {self.tokenizer.file: self.tokenizer.model}
 
 
-def quick_layers(acceleration: str, dtype: torch.dtype) -> dict[type, Callable]:
-    """How to run layers of each kind, called as quick(layer, *inputs)."""
-    if acceleration == "graph" or dtype != torch.bfloat16:
+def quick_layers(policy: Pi0Policy, mode: str) -> dict[type, Callable]:
+    """In bf16 Triton kernels for Gemma, and compiled layers around them. SigLIP stays plain: compiled it is no quicker at batch 1 and a fifth slower at 64."""
+    if mode == "graph" or policy._compute_dtype != torch.bfloat16:
         return {}
     from vlahub_policies.parts import kernels
 
-    if acceleration == "kernels":
-        return {GemmaLayer: kernels.layer}
-    compiled = {kind: torch.compile(kind.forward, dynamic=False) for kind in (SiglipLayer, GemmaLayer)}
-
-    def gemma(layer: GemmaLayer, x: torch.Tensor, *inputs: Any) -> Any:
-        if x.shape[0] == 1 and x.shape[1] <= kernels.ROWS:
-            return kernels.layer(layer, x, *inputs)
-        with torch._dynamo.config.patch(recompile_limit=64):  # once per batch size, number of cameras and prompt length
-            return compiled[GemmaLayer](layer, x, *inputs, attention=kernels.attend_opaque)
-
-    def siglip(layer: SiglipLayer, x: torch.Tensor) -> torch.Tensor:
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return compiled[SiglipLayer](layer, x)
-
-    return {GemmaLayer: gemma, SiglipLayer: siglip}
+    layer = compiled(GemmaLayer, attention=kernels.attend_opaque) if mode == "compile" else functools.partial(GemmaLayer.forward, attention=kernels.attend)
+    return {Gemma: kernels.stack, GemmaLayer: layer}
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Padding takes no position."""
     return mask.long().cumsum(1) - 1
-
-
-def _bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, S, T] bool -> what attention adds to its scores, [B, 1, S, T]"""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, MASKED)[:, None]

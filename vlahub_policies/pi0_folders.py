@@ -59,7 +59,7 @@ def load(
     """Args:
     robot: "libero", "robotwin" or "twin", where the folder does not say.
     statistics: a norm_stats.json (or `Statistics`) where the folder has none; "identity" to use states and actions as they are.
-    tokenizer: PaliGemma's tokenizer.model, where it is neither in the folder nor in the hub's cache.
+    tokenizer: PaliGemma's tokenizer.model or tokenizer.json, where it is neither in the folder nor in the hub's cache.
     options: entries of the policy's Config.
     """
     known = {field.name for field in dataclasses.fields(kind.Config)}

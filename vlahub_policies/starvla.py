@@ -26,7 +26,7 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
-from vlahub_policies.parts.acceleration import Acceleration, Mode
+from vlahub_policies.parts.acceleration import Accelerated, Acceleration, compiled
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
 from vlahub_policies.parts.qwen_text import END, IMAGE, PAD, START, VISION_END, VISION_START
@@ -197,7 +197,7 @@ class Config:
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # as Pillow's Image.resize does it; training data was resized bicubically
     template: str | None = None  # the run's CoT_prompt
     max_text: int = 160  # tokens of text behind the images that a prompt may have; rollouts store this many
-    acceleration: Mode = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
+    acceleration: Literal["off", "graph", "compile"] = "graph"  # on CUDA, of predict and sample: a CUDA graph, of compiled layers if asked for
     log_std: float = -2.5  # where exploration starts: a standard deviation of 0.08 in normalised action space
     gripper_likelihood: Literal["switch", "gaussian"] = "switch"  # see QwenOFTPolicy._score
     value_head: bool = False
@@ -216,7 +216,11 @@ class Config:
             raise ValueError(f"the codec scales {self.codec.dim} action dimensions, the interface has {self.interface.action_dim}")
 
 
-class QwenOFTPolicy(Policy):
+def quick_layers(policy: nn.Module, mode: str) -> dict[type, Callable]:
+    return {kind: compiled(kind) for kind in (DecoderLayer, VisionBlock)} if mode == "compile" else {}
+
+
+class QwenOFTPolicy(Accelerated, Policy):
     family: ClassVar[str] = "starvla"
     Config: ClassVar[type] = Config
     fresh: ClassVar[tuple[str, ...]] = ("log_std", "value_head.*", "*.lora_down", "*.lora_up")
@@ -242,11 +246,10 @@ class QwenOFTPolicy(Policy):
                     adapted.requires_grad_(False)
                     lora.add(adapted, config.lora_rank, config.lora_alpha)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._fast = Acceleration(self, self.decide, pack, (DecoderLayer, VisionBlock))
+        self.fast = Acceleration(self, self.decide, pack, quick_layers)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        self._fast.release()  # parameters move
-        return super()._apply(fn, recurse)
+    def blocks(self) -> list[nn.Module]:
+        return [self.language_model.embed_tokens, *self.visual.blocks, *self.language_model.layers]
 
     # -------------------------------------------------------------------------------------------- inputs
 
@@ -325,7 +328,7 @@ class QwenOFTPolicy(Policy):
         longest = int((inputs["tokens"] != self.pad_id).sum(1).max())
         length = min(-(-longest // 32) * 32, inputs["tokens"].shape[1])  # in steps of 32, so that few shapes occur
         given = {"images": inputs["images"], "tokens": inputs["tokens"][:, :length], "positions": inputs["positions"][..., :length]}
-        done = self._fast(given, self.config.acceleration)
+        done = self.fast(given)
         return done["mean"], done.get("value")
 
     def decide(self, inputs: Trace) -> Trace:
@@ -339,25 +342,25 @@ class QwenOFTPolicy(Policy):
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
-        return self.config.codec.decode(self(inputs)[0])
+        return self.config.codec.decode(self.forward(inputs)[0])
 
     @torch.no_grad()
     def sample(self, observation: Observation, seeds: torch.Tensor | None = None) -> Sample:
         inputs = self.prepare(observation)
-        mean, value = self(inputs)
+        mean, value = self.forward(inputs)
         seeds = randomness.fresh_seeds(len(mean)) if seeds is None else seeds
         actions = mean + self.log_std.float().exp() * randomness.normal(seeds, mean.shape[1:], device=mean.device)
         return Sample(self.config.codec.decode(actions), self._score(actions, mean)[0], value, {**inputs, "actions": actions})
 
     @torch.no_grad()
     def value(self, observation: Observation) -> torch.Tensor:
-        value = self(self.prepare(observation))[1]
+        value = self.forward(self.prepare(observation))[1]
         if value is None:
             raise ValueError("this starvla policy has no value head; load it with value_head=True")
         return value
 
     def evaluate(self, trace: Trace) -> Evaluation:
-        mean, value = self(trace)
+        mean, value = self.forward(trace)
         return Evaluation(*self._score(trace["actions"], mean), value)
 
     def _score(self, actions: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,7 +385,7 @@ class QwenOFTPolicy(Policy):
         actions = torch.as_tensor(batch["actions"]).to(self.device)
         if actions.shape[1:] != (self.horizon, self.interface.action_dim):
             raise ValueError(f"batch['actions'] has shape {tuple(actions.shape)}, this policy is trained on [B, {self.horizon}, {self.interface.action_dim}]")
-        error = (self(self.prepare(observation))[0] - self.config.codec.encode(actions)).abs()
+        error = (self.forward(self.prepare(observation))[0] - self.config.codec.encode(actions)).abs()
         if batch.get("action_is_pad") is None:
             return error.mean()
         real = ~torch.as_tensor(batch["action_is_pad"]).to(self.device)[..., None].expand_as(error)

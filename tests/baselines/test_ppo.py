@@ -9,6 +9,7 @@ import torch
 from baselines import ppo
 from baselines.ppo import Args, advantages_of, critic_loss, gae, minibatches, surrogate
 from tests.baselines.scripts import HERE, curves, launch
+from vlahub import video
 from vlahub.rollout import Rollout
 
 BOOL = torch.bool
@@ -60,6 +61,17 @@ def a_rollout(K=4, B=2, N=2, values=1) -> Rollout:
         trace={}, log_prob=torch.randn(K * B, N, 3, generator=rng), row=row, reward=torch.rand(K, B, N, generator=rng), valid=~no, terminated=no.clone(),
         truncated=no.clone(), value=torch.randn(K, B, values, generator=rng), cut_value=torch.zeros(K, B), next_value=torch.randn(B, generator=rng),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["chunk", "action"])
+def test_a_time_limit_may_be_an_end(level):
+    rollout = a_rollout(values=1 if level == "chunk" else 2)
+    rollout.truncated[1, 0, 1] = True
+    rollout.cut_value[1, 0] = 3.0
+    ends, goes_on = (advantages_of(rollout, Args(advantage_level=level, gamma=0.9, bootstrap_time_limit=bootstrap))[0] for bootstrap in (False, True))
+    last = (1, 0) if level == "chunk" else (1, 0, 1)
+    assert (goes_on - ends)[last].item() == pytest.approx(0.9 * 3.0)
+    assert torch.equal(goes_on[2:], ends[2:]) and torch.equal(goes_on[:, 1], ends[:, 1])
 
 
 def test_action_level_advantages_skip_what_did_not_run():
@@ -140,12 +152,23 @@ def losses(folder) -> list[dict]:
     return curves(folder, "train/actor/policy_loss", "train/critic/value_loss", "train/actor/approx_kl", "train/actor/grad_norm")
 
 
-def test_two_ranks_see_what_one_sees(tmp_path):
-    one = script(tmp_path, name="one", total_iterations=2, save_every=0)
-    two = script(tmp_path, "--nproc-per-node=2", name="two", total_iterations=2, save_every=0, workers=1)
-    assert one.returncode == 0 and two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
+def test_two_ranks_see_what_one_sees_wherever_the_environments_live(tmp_path):
+    """One rank that does everything; two that do; and one that infers and trains while two others simulate, through which evaluations and films go too."""
+    options = {"total_iterations": 2, "save_every": 0}
+    more = {"video_every": 2, "eval_every": 2, "eval_episodes": 2}
+    one = script(tmp_path, name="one", **options, **more)
+    two = script(tmp_path, "--nproc-per-node=2", name="two", workers=1, **options)
+    roles = script(tmp_path, "--nproc-per-node=3", name="roles", workers=1, env_ranks="0,2", policy_ranks="1", **options, **more)
+    assert one.returncode == two.returncode == roles.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:] + roles.stderr[-2000:]
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert all(a[name] == pytest.approx(b[name], abs=1e-5) for name in a), (a, b)
+    assert losses(tmp_path / "one") == losses(tmp_path / "roles")
+    for name in ("one", "roles"):
+        assert len(video.decode(tmp_path / name / "videos/000000.mp4")) == 16, "8 chunks of 2 steps of the first environment"
+        assert not (tmp_path / name / "videos/000001.mp4").exists()
+    episodes = [json.loads((tmp_path / name / "eval/000002/results.json").read_text())["episodes"] for name in ("one", "roles")]
+    one, roles = ([(episode["seed"], episode["length"], episode["return"]) for episode in run] for run in episodes)
+    assert one == roles and len(one) == 2
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -175,7 +198,7 @@ def test_learns_to_reach(tmp_path, head):
     """From chance to reaching the target most of the time, with every kind of head."""
     run = script(
         tmp_path, name=head, env_id="test/PointTold", policy=f"tiny:test-mlp-{head}", num_envs=16, num_chunks=16, num_minibatches=4, total_iterations=40, update_epochs=6, learning_rate=3e-3,
-        value_learning_rate=2e-3, target_kl=0.0, save_every=0, eval_every=40, eval_episodes=60, max_steps=12,
+        value_learning_rate=2e-3, target_kl=0.0, save_every=0, eval_every=40, eval_episodes=60, max_steps=12, workers=0,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     first, last = (json.loads((tmp_path / head / "eval" / number / "results.json").read_text())["success_rate"] for number in ("000000", "000040"))

@@ -63,6 +63,8 @@ class Settings:
     resume: str = ""
     seed: int = 0
     bf16: bool = False
+    shard: bool = False
+    gradient_checkpointing: bool = False
     track: bool = False
     workers: int = 1
     max_steps: int = 0
@@ -118,6 +120,8 @@ def test_out_of_memory_proposes_the_knobs():
     class Args:
         micro_batch_size: int = 64
         bf16: bool = False
+        gradient_checkpointing: bool = False
+        shard: bool = False
         num_envs: int = 8
 
     for error in (
@@ -126,7 +130,7 @@ def test_out_of_memory_proposes_the_knobs():
         MemoryError(),
     ):
         words = memory_advice(error, Args())
-        assert all(word in words for word in ("--micro-batch-size (it is 64", "--bf16", "gradient checkpointing", "--num-envs (it is 8)")), words
+        assert all(word in words for word in ("--micro-batch-size (it is 64", "--bf16", "--gradient-checkpointing", "--shard", "--num-envs (it is 8)")), words
     assert "--bf16" not in memory_advice(MemoryError(), Args(bf16=True))
     assert not memory_advice(ValueError("something else"), Args()) and not memory_advice(RuntimeError("another"), Args())
     with pytest.raises(MemoryError) as raised, advice(Args()):
@@ -137,39 +141,51 @@ def test_out_of_memory_proposes_the_knobs():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raises", "killed"])
 def test_all_ranks_stop_when_one_dies_and_the_first_cause_is_named(tmp_path, how):
-    """Rank 1 falls in its third iteration while rank 0 waits for it."""
+    """Rank 1 falls in its third iteration while rank 0 waits for it: by an error of its own, or, simulating for rank 0, by a signal."""
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {os.getcwd()!r})
 import tests.conftest
+from pathlib import Path
 from baselines import ppo
+from vlahub import remote
 from vlahub.run import Run, arguments
 
-real, calls = Run.log, [0]
+log, receive, calls = Run.log, remote.receive, [0]
 
-def log(self, *rest, **more):
+def fall():
+    Path({str(tmp_path)!r}, "died").touch()
+    if {how!r} == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("the roof came down on rank 1")
+
+def logging(self, *rest, **more):
     calls[0] += 1
     if calls[0] == 3 and self.ranks.rank == 1:
-        (self.folder / "died").touch()
-        if {how!r} == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("the roof came down on rank 1")
-    real(self, *rest, **more)
+        fall()
+    log(self, *rest, **more)
 
-Run.log = log
+def receiving(rank):
+    calls[0] += 1
+    if calls[0] == 30 and os.environ["RANK"] == "1":
+        fall()
+    return receive(rank)
+
+Run.log, remote.receive = logging, receiving
 if __name__ == "__main__":
     ppo.main(arguments(ppo.Args, ppo.__doc__, sys.argv[1:]))
 """
     script = tmp_path / "script.py"
     script.write_text(code)
+    roles = {"policy_ranks": "0", "env_ranks": "1"} if how == "killed" else {}
     words = [
         word
-        for name, value in {**SMALL, "out": tmp_path, "name": "run", "total_iterations": 50}.items()
+        for name, value in {**SMALL, **roles, "out": tmp_path, "name": "run", "total_iterations": 50}.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=HERE)
-    assert done.returncode != 0 and time.time() - (tmp_path / "run/died").stat().st_mtime < 60, "all ranks are gone within a minute"
+    assert done.returncode != 0 and time.time() - (tmp_path / "died").stat().st_mtime < 60, "all ranks are gone within a minute"
     assert "Root Cause" in done.stderr and ("the roof came down on rank 1" in done.stderr if how == "raises" else "SIGKILL" in done.stderr), done.stderr[-3000:]
 
 

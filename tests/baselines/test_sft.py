@@ -66,7 +66,7 @@ def test_bad_arguments_are_refused(demos, tmp_path):
     assert missing.returncode != 0 and "no meta/info.json" in missing.stderr
     record(tmp_path / "other", PointWorld(size=8), 1)
     other = launch("sft", dataset=[demos, tmp_path / "other"], policy="tiny:test-mlp-gaussian", out=tmp_path)
-    assert other.returncode != 0 and "2 numbers in states" in other.stderr
+    assert other.returncode != 0 and "2 numbers in states, " in other.stderr
 
 
 def test_the_learning_rate_warms_up_and_falls():

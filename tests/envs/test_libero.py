@@ -259,7 +259,7 @@ def test_the_official_release_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("VLAHUB_ASSETS", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     assert assets.find("auto")[0] == "stand-in"
-    with pytest.raises(FileNotFoundError, match=r"not complete.*hf download lerobot/libero-assets"):
+    with pytest.raises(FileNotFoundError, match=r"not complete.*vlahub assets libero --download"):
         assets.find("official")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         assets.find(tmp_path / "nowhere")

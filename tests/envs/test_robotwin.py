@@ -16,6 +16,7 @@ from gymnasium.utils.env_checker import check_env
 from scipy.spatial.transform import Rotation
 
 import vlahub
+from vlahub import assets as releases
 from vlahub import catalog
 from vlahub.doctor import SOFTWARE_VULKAN
 from vlahub.observation import validate
@@ -443,6 +444,17 @@ def test_sentences_have_a_seen_and_a_held_out_set():
     assert env.reset(seed=1)[0]["task_descriptions"] not in {instruction(sentences, "seen", stands_for, seed) for seed in range(500)}
 
 
+def test_every_episode_has_its_own_sentence_about_its_own_layout(env):
+    sentences = set()
+    for seed in range(12):
+        observation, info = env.reset(seed=seed)
+        words = observation["task_descriptions"]
+        sentences.add(words)
+        other = "left arm" if info["stands_for"].endswith("a=right") else "right arm"
+        assert other not in words and env.reset(seed=seed)[0]["task_descriptions"] == words
+    assert len(sentences) > 8
+
+
 # ------------------------------------------------------------------------------------------------ assets
 
 
@@ -491,7 +503,7 @@ def write_official_release(folder) -> None:
 def test_the_official_release_is_used_where_it_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("VLAHUB_ASSETS", str(tmp_path))
     assert assets.find("auto", ["050_bell"]).name == "stand-in"
-    with pytest.raises(FileNotFoundError, match=r"TianxingChen/RoboTwin2\.0.*VLAHUB_ASSETS"):
+    with pytest.raises(FileNotFoundError, match=r"objects\.zip.*TianxingChen/RoboTwin2\.0.*vlahub assets robotwin --download.*VLAHUB_ASSETS"):
         gym.make(ID, assets="official")
     write_official_release(tmp_path / "robotwin")
     assert assets.find("auto", ["050_bell"]).name == "official" == assets.find(str(tmp_path / "robotwin"), ["050_bell"]).name
@@ -508,6 +520,29 @@ def test_the_official_release_is_used_where_it_is_found(tmp_path, monkeypatch):
     (tmp_path / "robotwin" / "objects" / "050_bell" / "model_data1.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_data\d\.json"):
         env.reset(seed=0)
+
+
+def test_the_release_is_a_pack_that_can_be_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLAHUB_ASSETS", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    code = "import sys, vlahub.assets as a, pathlib; print(a.missing('robotwin', pathlib.Path('/nowhere'))); assert 'sapien' not in sys.modules"
+    out = subprocess.run([sys.executable, "-c", "import vlahub; " + code], capture_output=True, text=True, check=True).stdout
+    assert assets.ROBOT_URDF in out and "objects/050_bell" in out and "objects/021_cup" in out
+    assert releases.find("robotwin") is None and releases.find("robotwin-backgrounds") is None
+    write_official_release(tmp_path / "robotwin")
+    for name in assets._measurements():
+        (tmp_path / "robotwin" / "objects" / name).mkdir(exist_ok=True)
+    assert releases.find("robotwin") == tmp_path / "robotwin"
+    snapshot = tmp_path / "hub" / "datasets--TianxingChen--RoboTwin2.0" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "robotwin").rename(snapshot)  # the hub's cache is a place to look, too
+    assert assets.find("official", ["050_bell"]).folder == snapshot == assets.find("auto", ["050_bell"]).folder
+    with pytest.raises(FileNotFoundError, match=r"snapshots/abc lacks objects/001_nothing\); get them with"):
+        assets.find("official", ["050_bell", "001_nothing"])
+    for which in ("seen", "unseen"):
+        (tmp_path / "robotwin-backgrounds" / "background_texture" / which).mkdir(parents=True)
+    assert assets.backgrounds(assets.Official(snapshot), "seen") == tmp_path / "robotwin-backgrounds" / "background_texture"
+    assert not releases.missing("robotwin-backgrounds", tmp_path / "robotwin-backgrounds")
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 
 from vlahub_policies.parts import flow, randomness
 
@@ -62,14 +62,37 @@ def test_densities():
     assert mean.grad.isfinite().all() and (mean.grad[0] == 0).all()
 
 
+@pytest.mark.parametrize("correlation", [0.5, 0.95])
+def test_correlated_noise_has_the_density_of_a_multivariate_normal(correlation):
+    H, mean, std = 6, torch.randn(6, 2), torch.tensor([0.5, 2.0])
+    lag = torch.arange(H)
+    covariance = correlation ** (lag[:, None] - lag[None]).abs()
+    drawn = flow.correlate(torch.randn(40_000, H, 1, generator=torch.Generator().manual_seed(0)), correlation)
+    torch.testing.assert_close(drawn[..., 0].T.cov(), covariance, atol=0.03, rtol=0)
+    x = mean + std * flow.correlate(torch.randn(H, 2), correlation)
+    log_prob, entropy = flow.normal_log_prob(x, mean, std.expand(H, 2), correlation), flow.normal_entropy(std.expand(H, 2), correlation)
+    for N in (1, 4, H):  # the first N actions alone, as when an episode ends within a chunk
+        for d in range(2):
+            whole = MultivariateNormal(mean[:N, d], covariance[:N, :N] * std[d] ** 2)
+            assert log_prob[:N, d].sum().item() == pytest.approx(whole.log_prob(x[:N, d]).item(), abs=2e-3)
+            assert entropy[:N, d].sum().item() == pytest.approx(whole.entropy().item(), abs=1e-3)
+
+
+def test_the_last_step_alone_explores():
+    how = flow.Exploration("flow_sde", steps=4, step="last", correlation=0.9)
+    *_, trace = flow.explore(partial(flow.walk, lambda x, t: flow.Denoised(torch.sin(x))), (8, 2), ROWS, how, "cpu")
+    assert trace["step"].tolist() == [3] * 4
+    assert flow.explore(partial(flow.walk, network), (1, 1), ROWS, flow.Exploration("flow_cps", steps=4, step="last"), "cpu")[3]["step"].tolist() == [2] * 4
+
+
 @pytest.mark.parametrize("method", ["flow_sde", "flow_cps", "flow_noise"])
-@pytest.mark.parametrize("joint", [False, True])
-def test_score_repeats_explore(method, joint):
+@pytest.mark.parametrize("joint, step, correlation", [(False, "drawn", 0.0), (True, "drawn", 0.0), (False, "last", 0.9), (True, "drawn", 0.9)])
+def test_score_repeats_explore(method, joint, step, correlation):
     def denoise(x, t):
         point = network(x, t)
         return point if method == "flow_noise" else flow.Denoised(point.velocity, None, point.value)
 
-    how = flow.Exploration(method, steps=4, noise_level=0.5, joint=joint)
+    how = flow.Exploration(method, 4, 0.5, joint, step, correlation)
     actions, log_prob, value, trace = flow.explore(partial(flow.walk, denoise), (3, 2), ROWS, how, "cpu")
     again, entropy, value_again = flow.score(denoise, trace, how)
     torch.testing.assert_close(again, log_prob, atol=1e-5, rtol=0)
@@ -95,6 +118,10 @@ def test_one_drawn_step_is_the_only_stochastic_one():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="flow_sde"):
         flow.Exploration("sde")
+    with pytest.raises(ValueError, match="noise_step must be"):
+        flow.Exploration(step="first")
+    with pytest.raises(ValueError, match="noise_correlation"):
+        flow.Exploration(correlation=1.0)
     with pytest.raises(ValueError, match="deterministic"):
         flow.explore(partial(flow.walk, network), (1, 1), randomness.fresh_seeds(1), flow.Exploration("ode"), "cpu")
     with pytest.raises(ValueError, match="adds no noise"):

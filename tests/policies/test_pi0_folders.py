@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import vlahub
 from tests.policies import published
+from tests.policies.test_text import as_json
 from vlahub.hub import CheckpointError
 from vlahub.policy import Policy
 from vlahub_policies.dexbotic import DexboticConfig, DexboticPolicy
@@ -181,6 +182,16 @@ def test_a_missing_tokenizer_says_where_to_get_it(folder, monkeypatch):
     (folder / "tokenizer.model").unlink()
     with pytest.raises(CheckpointError, match="hf download google/paligemma-3b-pt-224"):
         load(folder)
+
+
+def test_a_tokenizer_json_loads_and_travels(folder, tmp_path):
+    (folder / "tokenizer.json").write_bytes(as_json((folder / "tokenizer.model").read_bytes()))
+    expected = load(folder).tokenizer.prompt("open the drawer")
+    (folder / "tokenizer.model").unlink()
+    policy = load(folder)
+    policy.save_pretrained(tmp_path / "own")
+    again = vlahub.Policy.from_pretrained(tmp_path / "own")
+    assert again.tokenizer.file == "tokenizer.json" and expected == policy.tokenizer.prompt("open the drawer") == again.tokenizer.prompt("open the drawer")
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):

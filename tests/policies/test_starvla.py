@@ -201,7 +201,7 @@ def test_packed_weights_give_the_same_actions(tmp_path):
     twin = copy.deepcopy(odd)  # as for an average of the weights: its parameters lie elsewhere, so its blocks must not be used
     twin.language_model.layers[0].mlp.gate_proj.weight.data.mul_(3)
     assert not np.allclose(twin.act(looks(LIBERO)), odd.act(looks(LIBERO)), atol=1e-4)
-    assert twin._fast.policy is twin and twin._fast.function.__self__ is twin
+    assert twin.fast.policy is twin and twin.fast.function.__self__ is twin
     loss = odd.train().sft_loss({**looks(LIBERO), "actions": np.zeros((3, 8, 7), np.float32)})
     loss.backward()
     assert odd.visual.blocks[0].mlp.up_proj.weight.grad.abs().sum() > 0

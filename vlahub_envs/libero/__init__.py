@@ -1,5 +1,6 @@
 """LIBERO's suites on MuJoCo. This module holds the cards only; the simulation is imported when an environment is made."""
 
+from vlahub.assets import AssetPack, register_assets
 from vlahub.catalog import EnvCard, register_env
 
 # suite -> what it is
@@ -29,3 +30,15 @@ for _suite, _summary in SUITES.items():
             limits="Published checkpoints know the official assets; on stand-ins their success rates say nothing.",
         )
     )
+
+register_assets(
+    AssetPack(
+        name="libero",
+        summary="LIBERO's objects, fixtures, scenes and textures.",
+        repository="lerobot/libero-assets",  # the tree of the GitHub repository
+        missing="vlahub_envs.libero.assets:missing",
+        licence="MIT, as LIBERO's repository; meshes by third parties (Google Scanned Objects, HOPE, TurboSquid) keep terms of their own",
+        megabytes=230,
+        elsewhere=("~/.cache/libero/assets",),  # where hf-libero keeps its own download
+    )
+)

@@ -8,18 +8,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from vlahub import assets as releases
 from vlahub_envs.libero import standins
-
-REPOSITORY = "lerobot/libero-assets"  # dataset on the Hugging Face hub, the tree of the GitHub repository
-FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
-HOW_TO_GET = f"get it with `hf download {REPOSITORY} --repo-type dataset --local-dir DIR/libero` and set VLAHUB_ASSETS=DIR (or pass assets='DIR/libero')"
-
-
-def official_folders() -> list[Path]:
-    """Where the official release is looked for: `libero` in $VLAHUB_ASSETS or in ~/.cache/vlahub/assets, and the hub's cache."""
-    root = Path(os.environ.get("VLAHUB_ASSETS") or Path.home() / ".cache" / "vlahub" / "assets").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub").expanduser()
-    return [root / "libero", *sorted(hub.glob(f"datasets--{REPOSITORY.replace('/', '--')}/snapshots/*"))]
 
 
 def missing(folder: Path) -> list[str]:
@@ -40,7 +30,7 @@ def find(assets: str | os.PathLike) -> tuple[str, Path]:
     """
     if assets == "stand-in":
         return "stand-in", write_standins()
-    chosen = official_folders() if assets in ("auto", "official") else [Path(assets).expanduser()]
+    chosen = releases.folders("libero") if assets in ("auto", "official") else [Path(assets).expanduser()]
     for folder in chosen:
         if folder.is_dir() and not missing(folder):
             return "official", folder.resolve()
@@ -48,11 +38,13 @@ def find(assets: str | os.PathLike) -> tuple[str, Path]:
         return "stand-in", write_standins()
     if assets != "official" and not chosen[0].is_dir():
         raise FileNotFoundError(
-            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release: {HOW_TO_GET}"
+            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release: {releases.how_to_get('libero')}"
         )
     where = {str(folder): missing(folder) for folder in chosen if folder.is_dir()}
-    found = "; ".join(f"{folder} lacks {', '.join(gone[:4])}{' ...' if len(gone) > 4 else ''}" for folder, gone in where.items())
-    raise FileNotFoundError(f"LIBERO's official assets are not complete on this machine ({found or f'{chosen[0]} does not exist'}); {HOW_TO_GET}")
+    found = "; ".join(f"{folder} {releases.complaint(gone)}" for folder, gone in where.items())
+    raise FileNotFoundError(
+        f"LIBERO's official assets are not complete on this machine ({found or f'{chosen[0]} does not exist'}); {releases.how_to_get('libero')}"
+    )
 
 
 @cache

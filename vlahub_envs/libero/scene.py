@@ -101,14 +101,10 @@ class Scene:
 
     def step(self, action: np.ndarray) -> bool:
         """One control step. -> is the task solved?"""
-        self.controller.step(action, self._look)
+        self.controller.step(action, self.clock.step(), self._sample)
         solved = bool(self.env._check_success())
         self.env._post_process()
         return solved
-
-    def _look(self) -> None:
-        if self.clock.tick():
-            self._sample()
 
     def _sample(self) -> None:
         """Keep what robosuite's observables would read at this moment; pictures are drawn from it later, if at all."""

@@ -1,5 +1,6 @@
 """RoboTwin 2.0 tasks on SAPIEN. This module holds the cards only; the simulation is imported when an environment is made."""
 
+from vlahub.assets import AssetPack, register_assets
 from vlahub.catalog import EnvCard, register_env
 
 # name -> what it is, and what was measured. The class of the same name is in `tasks/`.
@@ -7,6 +8,10 @@ TASKS = {
     "ClickBell": (
         "Press the top of a desk bell with a closed gripper.",
         "the expert solves 100 of 100 layouts (seeds 0 to 99, stand-ins), in 80 control steps on average",
+    ),
+    "AdjustBottle": (
+        "Pick up a bottle that lies on the table, stand it up in the air and hold it on its own side.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
     ),
     "BeatBlockHammer": (
         "Take a hammer and touch a fixed cube with its head.",
@@ -26,6 +31,10 @@ TASKS = {
     ),
     "PlaceEmptyCup": (
         "Put a cup on a coaster.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "PlaceShoe": (
+        "Put a shoe on a blue mat, its toe to the left.",
         "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
     ),
     "StackBlocksThree": (
@@ -49,7 +58,33 @@ for _name, (_summary, _measured) in TASKS.items():
             expert="vlahub_envs.robotwin.expert:ScriptedExpert",
             needs=("sapien", "scipy", "toppra"),
             extra="robotwin",
-            limits="stand-in assets unless the official release is present (env.assets says which); official assets are tested on their layout only; one embodiment",
+            limits="stand-in assets unless the official release is present (env.assets says which); official assets are tested on their layout only",
             measured=_measured,
         )
     )
+
+LICENCE = "MIT, as the dataset's card; laptops, pots, switches, microwaves and cabinets come from PartNet-Mobility and keep its terms"
+register_assets(
+    AssetPack(
+        name="robotwin",
+        summary="RoboTwin 2.0's objects and robots.",
+        repository="TianxingChen/RoboTwin2.0",
+        missing="vlahub_envs.robotwin.assets:missing",
+        licence=LICENCE,
+        megabytes=11_200,  # 5,600 unpacked, and at most as much again in the archives
+        files=("objects.zip", "embodiments.zip"),
+        archives=("objects.zip", "embodiments.zip"),
+    )
+)
+register_assets(
+    AssetPack(
+        name="robotwin-backgrounds",
+        summary='RoboTwin 2.0\'s pictures for wall and table, for official assets with randomization="randomized".',
+        repository="TianxingChen/RoboTwin2.0",
+        missing="vlahub_envs.robotwin.assets:missing_backgrounds",
+        licence="MIT, as the dataset's card",
+        megabytes=22_000,  # 11,000 unpacked
+        files=("background_texture.zip",),
+        archives=("background_texture.zip",),
+    )
+)

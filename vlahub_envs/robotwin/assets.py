@@ -18,15 +18,13 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from vlahub import assets as releases
 from vlahub_envs.robotwin.kinematics import pose, quaternion
 from vlahub_envs.robotwin.room import GRIPPY, PLAIN
 
-REPOSITORY = "TianxingChen/RoboTwin2.0"  # dataset on the Hugging Face hub
 ROBOT_URDF = "embodiments/aloha-agilex/urdf/arx5_description_isaac.urdf"
-HOW_TO_GET = (
-    f"get the release with `hf download {REPOSITORY} objects.zip embodiments.zip --repo-type dataset --local-dir DIR`, unzip both in DIR/robotwin, "
-    "and set VLAHUB_ASSETS=DIR (or pass assets='DIR/robotwin')"
-)
+BACKGROUNDS = "background_texture"  # its folder of pictures
+RELEASE = "objects.zip and embodiments.zip of the dataset TianxingChen/RoboTwin2.0"
 
 
 @dataclass(frozen=True)
@@ -179,14 +177,53 @@ def hammer(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[B
     return (Brick((0.012, (neck - low[1]) / 2, 0.013), pose((0, (neck + low[1]) / 2, 0)), (0.85, 0.55, 0.15)), head)
 
 
+def bottle(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid, ...]:
+    """A foot, a waist, a shoulder and a neck. The waist is where hands take it: at full width the larger bottles would not fit between the fingers."""
+    bottom, height, radius = center[1] - size[1] / 2, size[1], min(size[0], size[2]) / 2
+    parts = (
+        ([(0.95, 0.0), (1.0, 0.03), (1.0, 0.2), (0.84, 0.27)], (0.2, 0.5, 0.75)),
+        ([(0.84, 0.2), (0.84, 0.75)], (0.93, 0.93, 0.9)),
+        ([(0.84, 0.67), (1.0, 0.72), (1.0, 0.77), (0.36, 0.9)], (0.2, 0.5, 0.75)),
+        ([(0.36, 0.88), (0.36, 1.0)], (0.85, 0.3, 0.25)),
+    )
+    return tuple(Solid([(radius * wide, bottom + height * high) for wide, high in outline], colour) for outline, colour in parts)
+
+
+def can(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Solid, ...]:
+    """A foot of the measured width and an upright body that fits between the fingers."""
+    bottom, top, radius = center[1] - size[1] / 2, center[1] + size[1] / 2, min(size[0], size[2]) / 2
+    knee = bottom + 0.15 * size[1]
+    body = min(radius, 0.036)
+    return Solid([(radius, bottom), (radius, knee)], (0.5, 0.5, 0.53), 0.4), Solid([(body, knee), (body, top)], (0.78, 0.2, 0.16))
+
+
+def shoe(size: np.ndarray, center: np.ndarray, contact: np.ndarray) -> tuple[Brick, ...]:
+    """A sole, a heel part that hands take, a lower toe part. The toe points along +z."""
+    low, high = center - size / 2, center + size / 2
+    ankle = low[2] + 0.62 * size[2]  # the contact points, at z = 0, are behind it
+
+    def part(y0: float, y1: float, z0: float, z1: float, width: float, colour: tuple[float, float, float]) -> Brick:
+        return Brick((width * size[0] / 2, (y1 - y0) / 2, (z1 - z0) / 2), pose((center[0], (y0 + y1) / 2, (z0 + z1) / 2)), colour)
+
+    sole, toe = low[1] + 0.2 * size[1], low[1] + 0.6 * size[1]
+    return (
+        part(low[1], sole, low[2], high[2], 1.0, (0.93, 0.93, 0.92)),
+        part(sole, high[1], low[2], ankle, 0.8, (0.2, 0.24, 0.32)),
+        part(sole, toe, ankle, high[2], 0.85, (0.75, 0.35, 0.2)),
+    )
+
+
 # name -> the parts, from size, centre and contact points
 STANDINS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Solid | Brick, ...]]] = {
+    "001_bottle": bottle,
     "002_bowl": partial(vessel, colour=(0.25, 0.55, 0.62)),
     "003_plate": plate,
     "019_coaster": disc,
     "020_hammer": hammer,
     "021_cup": partial(vessel, colour=(0.82, 0.45, 0.35)),
+    "041_shoe": shoe,
     "050_bell": bell,
+    "105_sauce-can": can,
 }
 
 
@@ -234,7 +271,7 @@ class Official:
         files = {kind: folder / kind / f"base{model_id}.glb" for kind in ("visual", "collision")}
         for file in (record_file, *files.values()):
             if not file.exists():
-                raise FileNotFoundError(f"the official assets lack {file}; {HOW_TO_GET}")
+                raise FileNotFoundError(f"the official assets lack {file}; {releases.how_to_get('robotwin')}")
         record = json.loads(record_file.read_text())
         scale = np.broadcast_to(np.asarray(record["scale"], float), 3)
 
@@ -255,9 +292,25 @@ class Official:
         )
 
 
-def default_folder() -> Path:
-    """Where the official release is looked for: `robotwin` in $VLAHUB_ASSETS, or in ~/.cache/vlahub/assets."""
-    return Path(os.environ.get("VLAHUB_ASSETS") or Path.home() / ".cache" / "vlahub" / "assets").expanduser() / "robotwin"
+def backgrounds(assets: StandIns | Official, which: str) -> Path | None:
+    """The official background pictures, beside the objects or where their own download went. None with stand-ins, whose pictures are generated."""
+    if assets.name == "stand-in":
+        return None
+    for folder in (assets.folder, *releases.folders("robotwin-backgrounds")):
+        if (folder / BACKGROUNDS / which).is_dir():
+            return folder / BACKGROUNDS
+    raise FileNotFoundError(
+        f"the official assets in {assets.folder} lack {BACKGROUNDS}/{which}, from which a randomized background is drawn; {releases.how_to_get('robotwin-backgrounds')}"
+    )
+
+
+def missing(folder: Path) -> list[str]:
+    """What of the release `folder` lacks, of all that the tasks need."""
+    return Official(folder).missing(tuple(_measurements()))
+
+
+def missing_backgrounds(folder: Path) -> list[str]:
+    return [f"{BACKGROUNDS}/{which}" for which in ("seen", "unseen") if not (folder / BACKGROUNDS / which).is_dir()]
 
 
 def find(assets: str | os.PathLike, names: Sequence[str]) -> StandIns | Official:
@@ -268,14 +321,17 @@ def find(assets: str | os.PathLike, names: Sequence[str]) -> StandIns | Official
     """
     if assets == "stand-in":
         return StandIns()
-    official = Official(default_folder() if assets in ("auto", "official") else Path(assets).expanduser())
-    missing = official.missing(names)
-    if not missing:
-        return official
+    chosen = releases.folders("robotwin") if assets in ("auto", "official") else [Path(assets).expanduser()]
+    gone = {folder: Official(folder).missing(names) for folder in chosen if folder.is_dir()}
+    for folder, lacking in gone.items():
+        if not lacking:
+            return Official(folder)
     if assets == "auto":
         return StandIns()
-    if assets != "official" and not official.folder.is_dir():
+    if assets != "official" and not gone:
         raise FileNotFoundError(
-            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release: {HOW_TO_GET}"
+            f"assets={str(assets)!r} is no folder; it must be 'auto', 'official', 'stand-in' or the folder of the official release ({RELEASE}): "
+            f"{releases.how_to_get('robotwin')}"
         )
-    raise FileNotFoundError(f"the official RoboTwin assets are not (all) in {official.folder}: {', '.join(missing)} missing; {HOW_TO_GET}")
+    where = "; ".join(f"{folder} {releases.complaint(lacking)}" for folder, lacking in gone.items()) or f"{chosen[0]} does not exist"
+    raise FileNotFoundError(f"the official RoboTwin assets ({RELEASE}) are not complete on this machine ({where}); {releases.how_to_get('robotwin')}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from vlahub_envs.robotwin.kinematics import pose
-from vlahub_envs.robotwin.robot import PREFIX, SIDES, TCP
+from vlahub_envs.robotwin.robot import SIDES
 from vlahub_envs.robotwin.scene import Thing
 from vlahub_envs.robotwin.simulation import RoboTwin
 from vlahub_envs.robotwin.trajectory import RECORD_EVERY, rest_to_rest, through
@@ -22,7 +22,6 @@ LARGEST_TURN = 0.6  # rad of a joint between two such points
 NEARLY = 0.15 * np.pi  # rad: so near to an easy direction a grasp counts as easy
 LEVEL = -0.7  # of the z of a hand's x axis: below, the hand points down
 ASIDE = (0, 0.3, -0.3, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)  # rad: how far off the easiest way a hand that puts something down may be turned
-ARM = {"left": slice(0, 6), "right": slice(6, 12)}  # of the twelve joints
 ORIGIN_AS_POINT = pose(rotation=Rotation.from_quat([np.sqrt(0.5), 0, 0, np.sqrt(0.5)]))  # z down, in a y-up object
 # orientations of the hand that it takes easily: pointing down with the camera on the far side, and forwards to the other arm's side
 EASY = {
@@ -72,7 +71,7 @@ class Hands:
             home: arms that go back to their home posture meanwhile.
             straight: hands move along straight lines, not along the shortest way of the joints.
         """
-        start = self.robot.joints
+        start, arm = self.robot.joints, self.robot.part
         before = {side: self.robot.hand(side) for side in poses}
         way = max((float(np.linalg.norm(target[:3, 3] - before[side][:3, 3])) for side, target in poses.items()), default=0.0)
         count = max(1, math.ceil(way / STRAIGHT_STEP)) if straight else 1
@@ -80,9 +79,9 @@ class Hands:
         for part in np.arange(1, count + 1) / count:
             goal = path[-1].copy()
             for side, target in poses.items():
-                goal[ARM[side]] = self.joints_for(side, between(before[side], target, part), goal[ARM[side]])
+                goal[arm[side]] = self.joints_for(side, between(before[side], target, part), goal[arm[side]])
             for side in home:
-                goal[ARM[side]] = start[ARM[side]] * (1 - part)
+                goal[arm[side]] = start[arm[side]] + part * (self.robot.home - start)[arm[side]]
             path.append(goal)
         if np.abs(path[-1] - start).max() < 1e-6:
             return self._actions(start[None], self.robot.grippers[None])
@@ -103,7 +102,9 @@ class Hands:
 
     def reaches(self, side: str, *targets: np.ndarray) -> bool:
         """Can a hand go to all these poses, one after the other?"""
-        joints = self.robot.joints[ARM[side]]
+        if any(self.robot.arms[side].too_far(target) for target in targets):
+            return False
+        joints = self.robot.joints[self.robot.part[side]]
         for target in targets:
             solution = self.robot.arms[side].inverse(target, joints)
             if not solution.reached:
@@ -141,8 +142,18 @@ class Hands:
         """
         return self._grasps(side, thing, (point,), (back,))[0]
 
-    def _grasps(self, side: str, thing: Thing, points: Sequence[int | np.ndarray], backs: Sequence[float]) -> list[np.ndarray]:
-        """One pose of link6 for each distance in `backs` from the same grasp: of the easiest point, with the smallest tilt, that brings all of them within reach."""
+    def _grasps(
+        self,
+        side: str,
+        thing: Thing,
+        points: Sequence[int | np.ndarray],
+        backs: Sequence[float],
+        fits: Callable[[np.ndarray], bool] = lambda hand: True,
+    ) -> list[np.ndarray]:
+        """One pose of link6 for each distance in `backs` from the same grasp: of the easiest point, with the smallest tilt, that brings all of them within reach.
+
+        The pose of the last distance must also pass `fits`.
+        """
         contacts = [thing.point("contact", point) if isinstance(point, int) else thing.pose @ point for point in points]
         turns = [gripper_turn(contact) for contact in contacts]
 
@@ -154,21 +165,29 @@ class Hands:
         for turn, contact in sorted(zip(turns, contacts, strict=True), key=lambda pair: hardness(pair[0])):
             for tilt in TILTS:
                 tipped = turn * Rotation.from_euler("y", -tilt)
-                poses = [pose(contact[:3, 3] - (TCP + back) * tipped.as_matrix()[:, 0], tipped) for back in backs]
-                if self.reaches(side, *poses):
+                poses = [pose(contact[:3, 3] - (self.robot.tcp + back) * tipped.as_matrix()[:, 0], tipped) for back in backs]
+                if self.reaches(side, *poses) and fits(poses[-1]):
                     return poses
         raise Unreachable(f"the {side} hand cannot grasp {thing.name}, at {np.round(contacts[0][:3, 3], 3).tolist()}")
 
     def grasp(
-        self, side: str, thing: Thing, points: Sequence[int | np.ndarray] = (0,), pre: float = 0.1, deep: float = 0.0, home: Sequence[str] = ()
+        self,
+        side: str,
+        thing: Thing,
+        points: Sequence[int | np.ndarray] = (0,),
+        pre: float = 0.1,
+        deep: float = 0.0,
+        home: Sequence[str] = (),
+        fits: Callable[[np.ndarray], bool] = lambda hand: True,
     ) -> Iterator[np.ndarray]:
         """To `pre` metres before one of the contact points, straight up to it (and `deep` metres beyond), close.
 
         Args:
             points: numbers of contact points that will do, or contact frames [4, 4] in the object's own frame.
             home: arms that go home meanwhile.
+            fits: is a grasp with link6 there any good for what comes next? See `can_place`.
         """
-        before, at = self._grasps(side, thing, points, (pre, -deep))
+        before, at = self._grasps(side, thing, points, (pre, -deep), fits)
         yield self.move(side, before, home=home)
         yield self.move(side, at, straight=True)
         yield self.grip(side, 0.0)
@@ -184,6 +203,7 @@ class Hands:
         tilts: Sequence[float] = (0.0,),
         release: bool = True,
         home: Sequence[str] = (),
+        align: bool = False,
     ) -> Iterator[np.ndarray]:
         """Bring a held object's functional point (or its origin, if None) onto `target` [4, 4]: to `pre` metres above it, then to `dis` metres, and let go.
 
@@ -193,18 +213,10 @@ class Hands:
 
         Args:
             tilts: rad; if nothing is within reach, tip the hand with the object over by the next of these, to point more forwards.
+            align: turn the object about the target's z axis until the two x axes agree, wherever the hand then points.
         """
-        body, hand = thing.pose, self.hand_as_it_is(side)
-        tip = body @ (thing.model.points["functional"][point] if point is not None else ORIGIN_AS_POINT)
-        up = target[:3, :3] @ (0, 0, -1)  # a functional point's z axis points down, and so does a target's
-        held = np.linalg.inv(tip) @ hand
-        for tilt, turn in itertools.product(tilts, self._turns(side, tip, target[:3, 2], hand)):
-            grip = Rotation.from_matrix(held[:3, :3])
-            tipped = turn * grip * Rotation.from_euler("y", -tilt) * grip.inv()
-            goals = [pose(target[:3, 3] + height * up, tipped) @ held for height in (pre, dis)]
-            if self.reaches(side, *goals):
-                break
-        else:
+        goals = self._placements(side, thing, target, self.hand_as_it_is(side), point, (pre, dis), tilts, align)
+        if not goals:
             raise Unreachable(f"the {side} hand cannot put {thing.name} to {np.round(target[:3, 3], 3).tolist()}")
         if pre > dis:
             yield self.move(side, goals[0], home=home)
@@ -214,20 +226,49 @@ class Hands:
         if release:
             yield self.grip(side, 1.0)
 
+    def can_place(self, side: str, thing: Thing, target: np.ndarray, hand: np.ndarray, pre: float = 0.1, dis: float = 0.02) -> bool:
+        """Could the hand `place` the object as it lies now, with `align`, if it took it with link6 at the pose `hand` [4, 4]?"""
+        return bool(self._placements(side, thing, target, hand, 0, (pre, dis), (0.0,), align=True))
+
+    def _placements(
+        self,
+        side: str,
+        thing: Thing,
+        target: np.ndarray,
+        hand: np.ndarray,
+        point: int | None,
+        heights: Sequence[float],
+        tilts: Sequence[float],
+        align: bool,
+    ) -> list[np.ndarray]:
+        """Poses of link6 that bring an object in the hand to these heights above `target`: of the first way that is within reach, or none."""
+        tip = thing.pose @ (thing.model.points["functional"][point] if point is not None else ORIGIN_AS_POINT)
+        up = target[:3, :3] @ (0, 0, -1)  # a functional point's z axis points down, and so does a target's
+        held = np.linalg.inv(tip) @ hand
+        turns = [Rotation.from_matrix(target[:3, :3])] if align else self._turns(side, tip, target[:3, 2], hand)
+        for tilt, turn in itertools.product(tilts, turns):
+            grip = Rotation.from_matrix(held[:3, :3])
+            tipped = turn * grip * Rotation.from_euler("y", -tilt) * grip.inv()
+            goals = [pose(target[:3, 3] + height * up, tipped) @ held for height in heights]
+            if self.reaches(side, *goals):
+                return goals
+        return []
+
     def _turns(self, side: str, tip: np.ndarray, axis: np.ndarray, hand: np.ndarray) -> list[Rotation]:
         """World orientations to try of a held point, now at `tip` [4, 4], whose z axis is to lie along `axis` [3]; best first."""
         now = Rotation.from_matrix(tip[:3, :3])
         level = shortest_turn(tip[:3, 2], axis)
+        forwards, _, camera = level.apply(hand[:3, :3].T)
         # A hand from above turns its camera away from the robot; one from the side points forwards to the other side
-        held, wish = (hand[:3, 2], (0, 1.0, 0)) if hand[2, 0] < LEVEL else (hand[:3, 0], EASY[side].as_matrix()[:, 0])
-        held, wish = (vector - axis * (axis @ vector) for vector in (level.apply(held), np.array(wish)))
+        held, wish = (camera, (0, 1.0, 0)) if forwards[2] < LEVEL else (forwards, EASY[side].as_matrix()[:, 0])
+        held, wish = (vector - axis * (axis @ vector) for vector in (held, np.array(wish)))
         lengths = np.linalg.norm(held), np.linalg.norm(wish)
         first = 0.0 if min(lengths) < 1e-3 else math.atan2(axis @ np.cross(held, wish), held @ wish)
         return [Rotation.from_rotvec((first + aside) * axis) * level * now for aside in ASIDE]
 
     def hand_as_it_is(self, side: str) -> np.ndarray:
         """World pose of link6 [4, 4], where the physics has it."""
-        return self.robot.links[f"{PREFIX[side]}_link6"].entity.pose.to_transformation_matrix()
+        return self.robot.hand_as_it_is(side)
 
     def _actions(self, joints: np.ndarray, grippers: np.ndarray) -> np.ndarray:
         return self.simulation.encode(joints, grippers)

@@ -33,6 +33,23 @@ class Sentences:
 
 # object -> descriptions, which follow "the"
 WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "001_bottle": {
+        "seen": (
+            "bottle",
+            "drink bottle",
+            "blue bottle",
+            "bottle with a red cap",
+            "plastic bottle",
+            "bottle with a pale label",
+            "bottle with a narrow neck",
+            "round bottle",
+            "tall bottle",
+            "bottle with a waist",
+            "closed bottle",
+            "water bottle",
+        ),
+        "unseen": ("lemonade bottle", "blue flask", "container with a red lid"),
+    },
     "002_bowl": {
         "seen": (
             "bowl",
@@ -117,6 +134,23 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
             "cup on the table",
         ),
         "unseen": ("beaker", "drinking vessel", "little mug without a handle"),
+    },
+    "041_shoe": {
+        "seen": (
+            "shoe",
+            "dark shoe",
+            "single shoe",
+            "shoe with a white sole",
+            "shoe with a brown toe",
+            "flat shoe",
+            "lace-up shoe",
+            "walking shoe",
+            "trainer",
+            "sports shoe",
+            "low shoe",
+            "shoe on the table",
+        ),
+        "unseen": ("sneaker", "piece of footwear", "running shoe with a pale sole"),
     },
     "050_bell": {
         "seen": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,12 @@ class Solution:
         return self.position_error < POSITION_TOLERANCE and self.rotation_error < ROTATION_TOLERANCE
 
 
+# Where inverse kinematics starts again if the present posture leads nowhere: hands of a six-joint arm in front of the robot, to both sides, high and low
+STARTS = tuple(
+    (turn, shoulder, elbow, shoulder - elbow, 0, 0) for shoulder, elbow in ((0.8, 0.8), (1.6, 1.2), (2.4, 1.6), (1.2, 2.0)) for turn in (0, -0.8, 0.8)
+)
+
+
 class Arm:
     """A chain of revolute joints from the URDF's root to the link `tip`.
 
@@ -70,15 +77,17 @@ class Arm:
         urdf: the URDF's text.
         tip: name of the last link.
         base: [4, 4] world pose of the root link.
+        tool: [4, 4] what counts as the tip, in the link's frame.
+        starts: postures from which inverse kinematics tries again.
     """
 
-    def __init__(self, urdf: str, tip: str, base: np.ndarray):
+    def __init__(self, urdf: str, tip: str, base: np.ndarray, tool: np.ndarray | None = None, starts: Sequence[Sequence[float]] = STARTS):
         above = {joint.find("child").get("link"): joint for joint in ElementTree.fromstring(urdf).iter("joint") if joint.find("child") is not None}
         chain = []
         while tip in above:
             chain.append(above[tip])
             tip = above[tip].find("parent").get("link")
-        fixed, self.names, origins, axes = base, [], [], []
+        fixed, self.names, origins, axes, limits = base, [], [], [], []
         for joint in reversed(chain):
             fixed = fixed @ _origin(joint)
             if joint.get("type") in ("revolute", "continuous"):
@@ -86,19 +95,19 @@ class Arm:
                 self.names.append(joint.get("name"))
                 origins.append(fixed)
                 axes.append(axis / np.linalg.norm(axis))
+                limits.append(_limits(joint))
                 fixed = np.eye(4)
         self.count = len(self.names)
         self.origins = np.stack(origins)  # [6, 4, 4] joint i in the frame of joint i - 1; the first in the world
-        self.end = fixed  # [4, 4] the tip in the frame of the last joint
+        self.end = fixed if tool is None else fixed @ tool  # [4, 4] the tip in the frame of the last joint
         self.axes = np.stack(axes)  # [6, 3] in the joint's own frame
+        self.low, self.high = np.array(limits).T  # [6] rad; infinite for joints that turn freely
+        self.length = sum(float(np.linalg.norm(origin[:3, 3])) for origin in (*self.origins[1:], self.end))  # m, of the chain: no further does the tip get
         x, y, z = self.axes.T
         zero = np.zeros(self.count)
         self._cross = np.stack([np.stack([zero, -z, y], -1), np.stack([z, zero, -x], -1), np.stack([-y, x, zero], -1)], -2)  # [6, 3, 3]
         self._cross_squared = self._cross @ self._cross
-        # Where inverse kinematics starts again if the present posture leads nowhere: hands in front of the robot, to both sides, high and low.
-        self._starts = np.array(
-            [[turn, shoulder, elbow, shoulder - elbow, 0, 0] for shoulder, elbow in ((0.8, 0.8), (1.6, 1.2), (2.4, 1.6), (1.2, 2.0)) for turn in (0, -0.8, 0.8)]
-        )
+        self._starts = np.array(starts, float)
 
     def forward(self, joints: np.ndarray) -> np.ndarray:
         """[6] -> world pose of the tip, [4, 4]."""
@@ -115,6 +124,10 @@ class Arm:
         for step in steps[1:]:
             frames.append(frames[-1] @ step)
         return frames
+
+    def too_far(self, target: np.ndarray) -> bool:
+        """Is `target` [4, 4] further from the first joint than the stretched arm is long?"""
+        return bool(np.linalg.norm(target[:3, 3] - self.origins[0][:3, 3]) > self.length)
 
     def jacobian(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """-> world pose of the tip [4, 4]; its velocity per joint velocity [6, joints], linear above angular, both in world axes."""
@@ -135,7 +148,7 @@ class Arm:
                 best, best_cost = joints, cost
             if self.solution(target, best).reached:
                 break
-        return self.solution(target, wrapped(best))  # the joints turn freely, so an equivalent within half a turn always exists
+        return self.solution(target, np.where(np.isinf(self.high), wrapped(best), best))  # a joint that turns freely has an equivalent within half a turn
 
     def solution(self, target: np.ndarray, joints: np.ndarray) -> Solution:
         tip = self.forward(joints)
@@ -160,6 +173,7 @@ class Arm:
             gradient = jacobian.T @ residual
             step = np.linalg.solve(jacobian.T @ jacobian + damping * np.eye(self.count), gradient)
             step *= min(1.0, 0.5 / np.abs(step).max())  # half a radian at most: beyond it the linear model says nothing
+            step = np.clip(joints + step, self.low, self.high) - joints
             candidate_tip, candidate_jacobian = self.jacobian(joints + step)
             candidate = error(candidate_tip)
             if candidate @ candidate < cost:
@@ -174,6 +188,12 @@ class Arm:
                 if damping > 1e3:
                     break
         return joints, float(cost)
+
+
+def _limits(joint: ElementTree.Element) -> tuple[float, float]:
+    limit = joint.find("limit")
+    low, high = (-np.inf, np.inf) if limit is None else (float(limit.get("lower", "-inf")), float(limit.get("upper", "inf")))
+    return (low, high) if high - low < 2 * np.pi else (-np.inf, np.inf)
 
 
 def _origin(joint: ElementTree.Element) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""The dual arm "aloha-agilex": two 6-joint ARX arms with parallel grippers on a stand.
+"""The robot, and the dual arm "aloha-agilex": two 6-joint ARX arms with parallel grippers on a stand. `embodiments.py` has the others.
 
-The chain (joint names, origins, axes, limits) is the official robot's, so joint actions, hand poses and wrist cameras mean the same as there. The shapes are
+Its chain (joint names, origins, axes, limits) is the official robot's, so joint actions, hand poses and wrist cameras mean the same as there. The shapes are
 boxes and cylinders, drawn here. With the official asset release the official URDF is loaded in place of this one; everything else stays.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import sapien
 from sapien.wrapper.urdf_loader import URDFLoader
 from scipy.spatial.transform import Rotation
 
-from vlahub_envs.robotwin.kinematics import Arm, pose
+from vlahub_envs.robotwin.kinematics import STARTS, Arm, pose
 
 SIDES = ("left", "right")
 PREFIX = {"left": "fl", "right": "fr"}  # "front left": the official robot has a second, undriven pair of arms at its rear
@@ -105,37 +107,77 @@ def urdf() -> str:
     return text + "</robot>\n"
 
 
+@dataclass(frozen=True)
+class Embodiment:
+    """What differs between robots. Both arms are alike; the names of an arm's joints and links begin with its prefix."""
+
+    name: str
+    urdf: Callable[[], str]  # text of both arms as one robot
+    base: np.ndarray  # [4, 4] world pose of its root link
+    prefix: dict[str, str]  # side -> "fl_"
+    hand: str  # the link whose pose counts as the hand's ...
+    tool: np.ndarray  # ... with axes [4, 4] of its own: x towards what it grasps, y along which the fingers open, z to where a camera would sit
+    fingers: tuple[str, str]  # joints, the same command for both
+    home: tuple[float, ...]  # rad
+    closed: float  # m: target of a finger at gripper value 0 ...
+    span: float  # ... and how much more at 1
+    tcp: float  # m along the hand's x to the point that grasps are planned for
+    starts: Sequence[Sequence[float]] = STARTS  # of inverse kinematics
+
+    @property
+    def joints(self) -> int:
+        """Per arm, without the gripper."""
+        return len(self.home)
+
+
+ALOHA = Embodiment(
+    name="aloha-agilex",
+    urdf=urdf,
+    base=BASE,
+    prefix={side: f"{prefix}_" for side, prefix in PREFIX.items()},
+    hand="link6",
+    tool=np.eye(4),
+    fingers=("joint7", "joint8"),
+    home=(0.0,) * 6,
+    closed=GRIPPER_CLOSED,
+    span=GRIPPER_SPAN,
+    tcp=TCP,
+)
+
+
 class Robot:
     """The robot: drive targets in, drive targets and link poses out.
 
     The state that policies see is what was commanded last, as in the published data; the joints follow it through their drives.
 
     Args:
-        official: the official URDF; None takes the stand-in.
+        kind: which robot. J below is its number of joints per arm.
+        official: the official URDF; None takes the one of `kind`.
     """
 
-    base = sapien.Pose(BASE)
-
-    def __init__(self, official: Path | None):
-        text = urdf() if official is None else official.read_text(encoding="utf-8")
-        self.arms = {side: Arm(text, f"{prefix}_link6", BASE) for side, prefix in PREFIX.items()}
+    def __init__(self, kind: Embodiment = ALOHA, official: Path | None = None):
+        self.kind, self.tcp, self.base = kind, kind.tcp, sapien.Pose(kind.base)
+        text = kind.urdf() if official is None else official.read_text(encoding="utf-8")
+        self.arms = {side: Arm(text, prefix + kind.hand, kind.base, kind.tool, kind.starts) for side, prefix in kind.prefix.items()}
+        self.part = {"left": slice(0, kind.joints), "right": slice(kind.joints, 2 * kind.joints)}  # of `joints`
+        self.home = np.array(kind.home * 2)  # [2 J]
         with tempfile.TemporaryDirectory() as folder:  # SAPIEN reads URDFs from files only
-            file = official or Path(folder) / "aloha_agilex.urdf"
+            file = official or Path(folder) / "robot.urdf"
             if official is None:
                 file.write_text(text)
             loader = URDFLoader()
             loader.set_scene(sapien.Scene([sapien.physx.PhysxCpuSystem()]))  # for parsing only; the robot enters its worlds later
             (self.builder,), _, _ = loader.parse(str(file))
         self.builder.set_initial_pose(self.base)
-        self.joints = np.zeros(12)  # [12] commanded: left arm, right arm
-        self.grippers = np.ones(2)  # [2] commanded: 0 closed ... 1 open
         self.leave()
 
     def leave(self) -> None:
+        self.joints, self.grippers = self.home.copy(), np.ones(2)  # commanded: [2 J] left arm, right arm; [2] 0 closed ... 1 open
         self.articulation, self.links, self.fingers = None, {}, {}
 
     def enter(self, world: sapien.Scene) -> None:
-        """Stand in a physics world, at home: all arm joints 0, grippers open, at rest."""
+        """Stand in a physics world, at home, grippers open, at rest."""
+        self.leave()
         looks = [link.visual_records for link in self.builder.link_builders]
         for link in self.builder.link_builders:
             link.visual_records = []  # this is the body that collides; what is seen of it is on the stage
@@ -147,45 +189,49 @@ class Robot:
         for link in articulation.links:
             link.mass = LINK_MASS
             # The arms' shapes touch where they meet at a joint: one arm never collides with itself, but with everything else.
-            bit = {"fl": 2, "fr": 4}.get(link.name[:2], 8)
+            bit = next((bit for bit, prefix in zip((2, 4), self.kind.prefix.values(), strict=True) if link.name.startswith(prefix)), 8)
             for shape in link.collision_shapes:
                 groups = shape.get_collision_groups()
                 shape.set_collision_groups([groups[0], groups[1], groups[2] | bit, groups[3]])
         joints = {joint.name: joint for joint in articulation.active_joints}
         self._arm_joints = [joints[name] for side in SIDES for name in self.arms[side].names]
-        self._finger_joints = [[joints[f"{PREFIX[side]}_joint{i}"] for i in (7, 8)] for side in SIDES]
+        self._finger_joints = [[joints[self.kind.prefix[side] + name] for name in self.kind.fingers] for side in SIDES]
         self.fingers = {side: [joint.child_link for joint in pair] for side, pair in zip(SIDES, self._finger_joints, strict=True)}
-        self.joints, self.grippers = np.zeros(12), np.ones(2)
-        opening = GRIPPER_CLOSED + GRIPPER_SPAN
-        home = [opening if joint in self._finger_joints[0] + self._finger_joints[1] else 0.0 for joint in articulation.active_joints]
-        articulation.set_qpos(np.array(home, np.float32))
-        for joint, position in zip(articulation.active_joints, home, strict=True):
+        home = {joint.name: position for joint, position in zip(self._arm_joints, self.home.tolist(), strict=True)}
+        home |= {joint.name: self.kind.closed + self.kind.span for pair in self._finger_joints for joint in pair}
+        start = [home.get(joint.name, 0.0) for joint in articulation.active_joints]  # the official robot has wheels, too
+        articulation.set_qpos(np.array(start, np.float32))
+        for joint, position in zip(articulation.active_joints, start, strict=True):
             joint.set_drive_properties(STIFFNESS, DAMPING)
             joint.set_drive_target(position)
             joint.set_drive_velocity_target(0.0)
 
     def command(self, joints: np.ndarray, velocities: np.ndarray, grippers: np.ndarray) -> None:
-        """Drive targets for the next physics step. joints [12] rad, velocities [12] rad/s, grippers [2]."""
+        """Drive targets for the next physics step. joints [2 J] rad, velocities [2 J] rad/s, grippers [2]."""
         for joint, position, velocity in zip(self._arm_joints, joints.tolist(), velocities.tolist(), strict=True):
             joint.set_drive_target(position)
             joint.set_drive_velocity_target(velocity)
         for pair, value, before in zip(self._finger_joints, grippers.tolist(), self.grippers.tolist(), strict=True):
             if value != before:
                 for joint in pair:
-                    joint.set_drive_target(GRIPPER_CLOSED + GRIPPER_SPAN * value)
+                    joint.set_drive_target(self.kind.closed + self.kind.span * value)
         self.joints, self.grippers = joints, grippers
         # gravity and Coriolis forces are fed forward, so that the drives only correct
         self.articulation.set_qf(self.articulation.compute_passive_force(gravity=True, coriolis_and_centrifugal=True))
 
     @property
     def state(self) -> np.ndarray:
-        """[14]: left joints, left gripper, right joints, right gripper, as commanded."""
-        return np.concatenate([self.joints[:6], self.grippers[:1], self.joints[6:], self.grippers[1:]])
+        """[2 J + 2]: left joints, left gripper, right joints, right gripper, as commanded."""
+        return np.concatenate([part for side, value in zip(SIDES, self.grippers, strict=True) for part in (self.joints[self.part[side]], [value])])
 
     def gripper(self, side: str) -> float:
         """The commanded value of one gripper."""
         return float(self.grippers[SIDES.index(side)])
 
     def hand(self, side: str) -> np.ndarray:
-        """World pose of link6 [4, 4] as commanded."""
-        return self.arms[side].forward(self.joints[:6] if side == "left" else self.joints[6:])
+        """World pose of the hand [4, 4] as commanded."""
+        return self.arms[side].forward(self.joints[self.part[side]])
+
+    def hand_as_it_is(self, side: str) -> np.ndarray:
+        """World pose of the hand [4, 4], where the physics has it."""
+        return self.links[self.kind.prefix[side] + self.kind.hand].entity.pose.to_transformation_matrix() @ self.kind.tool

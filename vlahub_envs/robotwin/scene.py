@@ -18,7 +18,7 @@ from sapien.physx import (
 )
 
 from vlahub_envs.robotwin.assets import Brick, Model, Official, StandIns
-from vlahub_envs.robotwin.robot import Robot
+from vlahub_envs.robotwin.robot import ALOHA, Embodiment, Robot
 from vlahub_envs.robotwin.room import GROUND, PLAIN, ROOM
 from vlahub_envs.robotwin.stage import NEAR, NEAR_WRIST_STANDIN, Stage, render_system
 from vlahub_envs.robotwin.trajectory import TIMESTEP
@@ -49,19 +49,33 @@ class Thing:
 
 
 class Scene:
-    """Args: `assets` the asset set; `device`, `shader` and `shadows` for the renderer; `near_is_touching` see `touching`."""
+    """Args: `assets` the asset set; `device`, `shader` and `shadows` for the renderer; `near_is_touching` see `touching`; `embodiment` the robot."""
 
-    def __init__(self, assets: StandIns | Official, device: str | None, shader: str, shadows: bool, near_is_touching: bool = False):
+    def __init__(
+        self,
+        assets: StandIns | Official,
+        device: str | None,
+        shader: str,
+        shadows: bool,
+        near_is_touching: bool = False,
+        embodiment: Embodiment = ALOHA,
+    ):
         self.assets, self.near_is_touching = assets, near_is_touching
         renderer = render_system(device)  # first: SAPIEN would otherwise pick a device of its own for the robot's colours
-        self.robot = Robot(assets.robot_urdf())
-        near_wrist = NEAR if assets.name == "official" else NEAR_WRIST_STANDIN
+        official = assets.robot_urdf() if embodiment is ALOHA else None
+        self.robot = Robot(embodiment, official)
+        near_wrist = NEAR if official else NEAR_WRIST_STANDIN
         self.stage = Stage(self.robot.builder, self.robot.base, renderer, shader, shadows, near_wrist)
         self.things: dict[str, Thing] = {}
         self.clear()
 
-    def clear(self) -> None:
-        """A new physics world: ground, wall, table, and the robot at home. What was in the old one is gone."""
+    def clear(self, lowered: float = 0.0) -> None:
+        """A new physics world: ground, wall, table, and the robot at home. What was in the old one is gone.
+
+        Args:
+            lowered: m, <= 0: how far below its usual height the table stands. What is put in later stands so much lower with it.
+        """
+        self.lowered = lowered
         # SAPIEN keeps these for the process: set them anew for every world, whatever was built before
         sapien.physx.set_scene_config(gravity=[0, 0, -9.81], bounce_threshold=2.0, enable_pcm=True, enable_tgs=True)
         sapien.physx.set_body_config(solver_position_iterations=10, solver_velocity_iterations=1, sleep_threshold=0.005)
@@ -77,12 +91,12 @@ class Scene:
         for box in ROOM:
             builder = self.world.create_actor_builder()
             builder.add_box_collision(half_size=box.half, material=PhysxMaterial(*box.friction))
-            builder.set_initial_pose(sapien.Pose(box.position))
+            builder.set_initial_pose(sapien.Pose([*box.position[:2], box.position[2] + (lowered if box.name == "table" else 0)]))
             builder.build_static(box.name)
         self.robot.enter(self.world)
 
     def add(self, name: str, model: Model, where: sapien.Pose, static: bool = False, mass: float = OBJECT_MASS) -> Thing:
-        """Put an object in. `name` is how the task calls it."""
+        """Put an object in. `name` is how the task calls it; `where` is its pose on a table of the usual height."""
         material = PhysxMaterial(*model.friction)
         if model.collision is not None:
             builder = self.world.create_actor_builder()
@@ -106,7 +120,7 @@ class Scene:
         entity = sapien.Entity()
         entity.name = model.name
         entity.add_component(body)
-        entity.set_pose(where)
+        entity.set_pose(sapien.Pose([0, 0, self.lowered]) * where)
         self.world.add_entity(entity)
         self.things[name] = Thing(name, model, entity, body)
         return self.things[name]
@@ -117,7 +131,7 @@ class Scene:
         if not free:
             return True
         robot = self.robot
-        robot.command(robot.joints, np.zeros(12), robot.grippers)  # at home the forces that hold it up stay the same
+        robot.command(robot.joints, np.zeros_like(robot.joints), robot.grippers)  # at home the forces that hold it up stay the same
         for _ in range(SETTLE_STEPS):
             self.step()
             if all(thing.body.is_sleeping for thing in free):
@@ -129,6 +143,7 @@ class Scene:
 
     def ready(self) -> None:
         """Called when every object is in: draw them from here on."""
+        self.stage.lower_table(self.lowered)
         self.stage.show({name: link.entity for name, link in self.robot.links.items()}, [(thing.model, thing.entity) for thing in self.things.values()])
 
     def step(self) -> None:

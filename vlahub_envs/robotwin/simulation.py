@@ -15,9 +15,12 @@ from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
 from vlahub.simulation import Outcomes, check_options
 from vlahub_envs.robotwin import assets as asset_sets
+from vlahub_envs.robotwin import clutter
+from vlahub_envs.robotwin import randomization as scenery
+from vlahub_envs.robotwin.embodiments import find as find_embodiment
 from vlahub_envs.robotwin.instructions import InstructionSet, instruction
 from vlahub_envs.robotwin.kinematics import euler_of_pose, pose_of_euler
-from vlahub_envs.robotwin.robot import SIDES
+from vlahub_envs.robotwin.robot import SIDES, Robot
 from vlahub_envs.robotwin.scene import Scene
 from vlahub_envs.robotwin.task import Draws, Task
 from vlahub_envs.robotwin.trajectory import HOLD_ALONE, HOLD_IN_CHUNK, plan
@@ -63,7 +66,9 @@ class RoboTwin:
         executor: "chunk" runs the actions given at once as one path through all of them, as RL systems do; "per_action" stops at each, as the benchmark does.
         cameras: which to draw, of "head" (always), "left_wrist", "right_wrist", "front".
         camera_size: (height, width) of every image.
-        instruction_set: "seen" or "unseen" sentences and object descriptions.
+        instruction_set: "seen" or "unseen" sentences and object descriptions; also the pictures of a randomized background.
+        randomization: "clean"; "randomized" (table height, lights, backgrounds, clutter); or a dict of what differs from clean, see `Randomization`.
+        embodiment: "aloha-agilex", or "franka-panda", two 7-joint arms.
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
         render_device: "cuda", "cuda:1", "cpu"; None takes a GPU if there is one.
         shader: SAPIEN's rasteriser, "minimal" or "default"; the pictures are nearly the same, the first takes three quarters of the time.
@@ -74,8 +79,9 @@ class RoboTwin:
     `task`: 0, the only one. `trial`: number of the layout, counted from the seed's own: seed s, trial j is the layout of seed s + j.
 
     ## Info
-    From reset: `task`, `trial`, `arm` words and objects as `stands_for`, `settled` (did the objects come to rest; upstream throws away a seed whose do not). From steps: `physics_steps`; with `"ee_pose"` also `unreachable`, how many hand poses of
-    the chunk were out of reach, and `ik_error`, the largest distance in m between an asked and a commanded hand position.
+    From reset: `task`, `trial`, `arm` words and objects as `stands_for`, `settled` (did the objects come to rest; upstream throws away a seed whose do not); unless
+    clean also `scene`, what was drawn. From steps: `physics_steps`; with `"ee_pose"` also `unreachable`, how many hand poses of the chunk were out of reach, and
+    `ik_error`, the largest distance in m between an asked and a commanded hand position.
     """
 
     tasks = 1
@@ -89,6 +95,8 @@ class RoboTwin:
         cameras: Sequence[str] = ("head", "left_wrist", "right_wrist"),
         camera_size: tuple[int, int] = (240, 320),
         instruction_set: InstructionSet = "seen",
+        randomization: str | Mapping[str, Any] = "clean",
+        embodiment: str = "aloha-agilex",
         assets: str = "auto",
         render_device: str | None = None,
         shader: Literal["minimal", "default"] = "minimal",
@@ -105,16 +113,22 @@ class RoboTwin:
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
         self.control_mode, self.executor, self.instruction_set = control_mode, executor, instruction_set
+        self.randomization = scenery.checked(randomization)
         height, width = _checked_size(camera_size)
+        names = _checked_cameras(cameras)
+        kind = find_embodiment(embodiment)
         self.task = load_task(task)
         self.max_steps = self.task.step_limit
-        self.interface = _interface(control_mode, _checked_cameras(cameras), height, width)
         asset_set = asset_sets.find(assets, tuple(self.task.objects))
         self.assets = asset_set.name
-        self.scene = Scene(asset_set, render_device, shader, shadows, near_is_touching=strict_upstream_quirks)
+        self.scene = Scene(asset_set, render_device, shader, shadows, near_is_touching=strict_upstream_quirks, embodiment=kind)
+        self.interface = _interface(control_mode, names, height, width, self.scene.robot)
         for name in self.interface.cameras:
             self.scene.stage.add_camera(name, height, width)
         self.instruction = ""
+        self._clock, self._flicker = 0, None  # physics steps of the episode; its changing lights, if it has them
+        self._distractors = clutter.candidates(asset_set, self.task.objects) if self.randomization.clutter else {}
+        self._backgrounds = asset_sets.backgrounds(asset_set, instruction_set) if self.randomization.background else None
 
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         check_options(options, {"task": "0, the only one of this environment", "trial": "number of the layout, counted from the seed's own"})
@@ -127,18 +141,48 @@ class RoboTwin:
         if not 0 <= seed + trial < 2**32 or trial < 0:
             raise ValueError(f"trial must be a whole number >= 0, not {options['trial']!r}")
         layout = seed + trial
-        self.scene.clear()
-        stands_for = self.task.place(self.scene, Draws(layout))
+        draws = Draws(layout, self.randomization.table_height, self.randomization.camera_offset)
+        self.scene.clear(draws.lowered)
+        self._clock = 0
+        stands_for = self.task.place(self.scene, draws)
+        drawn = self._randomize(draws, layout)
         settled = self.scene.settle()
         self.scene.ready()
         self.instruction = instruction(self.task.sentences, self.instruction_set, stands_for, layout)
         words = ", ".join(f"{letter}={value}" for letter, value in stands_for.items())
-        return {"task": 0, "trial": trial, "stands_for": words, "settled": settled}
+        return {"task": 0, "trial": trial, "stands_for": words, "settled": settled, **drawn}
+
+    def _randomize(self, draws: Draws, layout: int) -> dict[str, Any]:
+        """Cameras, lights, backgrounds and clutter of a new episode, drawn after the task. -> info."""
+        how, scene, random = self.randomization, self.scene, draws.random
+        if how == scenery.NAMED["clean"]:
+            return {}
+        words = [f"table {1000 * draws.lowered:.0f} mm"]
+        for name, offset in draws.offsets.items():
+            if name in scene.stage.cameras:
+                scene.stage.aim(name, offset)
+        if how.lights:
+            flickers = random.uniform() < how.flicker_rate
+            lights = scenery.draw_lights(random)
+            self._flicker = scenery.Flicker(layout) if flickers else None
+            scene.stage.light(lights)
+            words.append("lights flicker" if flickers else "lights drawn")
+        if how.background:
+            for name, number in scenery.draw_backgrounds(random, self.instruction_set, how.plain_rate).items():
+                scene.stage.paint(name, None if number is None else scenery.picture(self.instruction_set, number, self._backgrounds))
+                words.append(f"{name} {'plain' if number is None else f'{self.instruction_set}/{number}'}")
+        if how.clutter and random.uniform() >= how.plain_rate:
+            taken = [clutter.footprint(thing.model, thing.pose) for thing in scene.things.values()]
+            strewn = clutter.strew(random, scene.assets, self._distractors, [*taken, *self.task.keep_free])
+            for i, (model, where) in enumerate(strewn):
+                scene.add(f"clutter {i}", model, where)
+            words.append("clutter " + ", ".join(f"{model.name}/base{model.id}" for model, _ in strewn))
+        return {"scene": "; ".join(words)}
 
     def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
         scene, robot = self.scene, self.scene.robot
         joints, grippers, info = self.decode(actions)
-        joints, grippers = np.vstack([robot.joints, joints]), np.vstack([robot.grippers, grippers])  # [N + 1, 12], [N + 1, 2]
+        joints, grippers = np.vstack([robot.joints, joints]), np.vstack([robot.grippers, grippers])  # [N + 1, 2 J], [N + 1, 2]
         if self.executor == "chunk":
             motions = iter([plan(joints, grippers, HOLD_IN_CHUNK)])
         else:
@@ -151,6 +195,7 @@ class RoboTwin:
                     robot.command(motion.joints[step], motion.velocities[step], motion.grippers[step])
                     scene.step()
                     physics_steps += 1
+                    self._clock += 1
                     solved = self.task.solved(scene)
                     if solved:
                         break
@@ -167,17 +212,18 @@ class RoboTwin:
         return Outcomes(success.astype(np.float32), success, info={**info, "physics_steps": physics_steps})
 
     def decode(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Actions [N, 14] -> joints [N, 12], grippers [N, 2], info."""
-        arms = actions.astype(float).reshape(-1, 2, 7)  # N, arm, numbers
-        grippers = arms[:, :, 6]
+        """Actions [N, D] -> joints [N, 2 J], grippers [N, 2], info."""
+        robot = self.scene.robot
+        arms = actions.astype(float).reshape(len(actions), 2, -1)  # N, arm, numbers
+        grippers = arms[:, :, -1]
         if self.control_mode == "qpos":
-            return arms[:, :, :6].reshape(-1, 12), grippers, {}
-        joints, unreachable, worst = np.zeros((len(arms), 12)), 0, 0.0
-        present = self.scene.robot.joints
+            return arms[:, :, :-1].reshape(len(actions), -1), grippers, {}
+        joints, unreachable, worst = np.zeros((len(arms), len(robot.home))), 0, 0.0
+        present = robot.joints
         for i, row in enumerate(arms):
             for side, name in enumerate(SIDES):
-                part = slice(6 * side, 6 * side + 6)
-                solution = self.scene.robot.arms[name].inverse(pose_of_euler(row[side]), present[part])
+                part = robot.part[name]
+                solution = robot.arms[name].inverse(pose_of_euler(row[side]), present[part])
                 joints[i, part] = solution.joints
                 unreachable += not solution.reached
                 worst = max(worst, solution.position_error)
@@ -185,18 +231,16 @@ class RoboTwin:
         return joints, grippers, {"unreachable": unreachable, "ik_error": worst}
 
     def encode(self, joints: np.ndarray, grippers: np.ndarray) -> np.ndarray:
-        """Joints [N, 12] and grippers [N, 2] -> actions [N, 14] of this control mode."""
-        arms = np.empty((len(joints), 2, 7), np.float32)
-        arms[:, :, 6] = grippers
+        """Joints [N, 2 J] and grippers [N, 2] -> actions [N, D] of this control mode."""
+        robot = self.scene.robot
         if self.control_mode == "qpos":
-            arms[:, :, :6] = joints.reshape(-1, 2, 6)
+            arms = joints.reshape(len(joints), 2, -1)
         else:
-            for side, name in enumerate(SIDES):
-                arms[:, side, :6] = [euler_of_pose(self.scene.robot.arms[name].forward(row[6 * side : 6 * side + 6])) for row in joints]
-        return arms.reshape(-1, 14)
+            arms = np.array([[euler_of_pose(robot.arms[name].forward(row[robot.part[name]])) for name in SIDES] for row in joints])
+        return np.concatenate([arms, grippers[:, :, None]], axis=-1).reshape(len(joints), -1).astype(np.float32)
 
     def observe(self) -> Observation:
-        pictures = dict(zip(self.interface.cameras, self.scene.stage.pictures(tuple(self.interface.cameras)), strict=True))
+        pictures = dict(zip(self.interface.cameras, self._pictures(tuple(self.interface.cameras)), strict=True))
         observation: Observation = {"main_images": np.ascontiguousarray(pictures["head"])}
         wrists = [pictures[camera.name] for camera in self.interface.wrists]
         if wrists:
@@ -210,7 +254,12 @@ class RoboTwin:
     def render(self) -> np.ndarray:
         if "people" not in self.scene.stage.cameras:
             self.scene.stage.add_camera("people", *PEOPLE_SIZE)
-        return np.ascontiguousarray(self.scene.stage.pictures(("people",))[0])
+        return np.ascontiguousarray(self._pictures(("people",))[0])
+
+    def _pictures(self, names: tuple[str, ...]) -> list[np.ndarray]:
+        if self._flicker:
+            self.scene.stage.light(self._flicker.at(self._clock))
+        return self.scene.stage.pictures(names)
 
     def close(self) -> None:
         if self.scene is not None:
@@ -228,12 +277,20 @@ def load_task(name: str) -> Task:
     return getattr(importlib.import_module(f"vlahub_envs.robotwin.tasks.{module}"), name)()
 
 
-def _interface(control_mode: str, cameras: tuple[str, ...], height: int, width: int) -> Interface:
+def _interface(control_mode: str, cameras: tuple[str, ...], height: int, width: int, robot: Robot) -> Interface:
     def gripper(side: str) -> Field:
         return Field(f"{side}_gripper", 1, "1", low=0.0, high=1.0, open=1.0, closed=0.0)
 
-    # The arms' joints turn freely; more than half a turn either way reaches nothing new.
-    joints = tuple(field for side in SIDES for field in (Field(f"{side}_joints", 6, "rad", low=-np.pi, high=np.pi), gripper(side)))
+    def bound(limits: np.ndarray, sign: int) -> float | tuple[float, ...]:
+        """Where a joint turns freely, more than half a turn either way reaches nothing new."""
+        values = np.where(np.isinf(limits), sign * np.pi, limits).tolist()
+        return values[0] if len(set(values)) == 1 else tuple(values)
+
+    joints = tuple(
+        field
+        for side, arm in robot.arms.items()
+        for field in (Field(f"{side}_joints", arm.count, "rad", low=bound(arm.low, -1), high=bound(arm.high, 1)), gripper(side))
+    )
     hands = tuple(
         field
         for side in SIDES

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import sapien
-from sapien.render import RenderBodyComponent, RenderMaterial, RenderShapeTriangleMesh
+from sapien.render import RenderBodyComponent, RenderMaterial, RenderShapeTriangleMesh, RenderTexture2D
 from sapien.wrapper.articulation_builder import ArticulationBuilder
 
 from vlahub.doctor import SOFTWARE_VULKAN
 from vlahub_envs.robotwin.assets import Model
+from vlahub_envs.robotwin.randomization import PLAIN_LIGHTS, Lights
 from vlahub_envs.robotwin.room import GROUND, ROOM
 
 
@@ -43,6 +44,7 @@ VIEWS = {
     # for people: from the far side of the table at the robot
     "people": View((0.8, 0.33, 1.6), (-0.82, -0.65, -0.72), (0.65, -0.82, 0), fovy=50),
 }
+MOST_KEPT = 64  # models that are kept for later episodes. Clutter from the official release goes through hundreds, with their textures
 FAR = 100.0  # m; the cameras' far clipping plane
 NEAR = 0.1  # the near one, as upstream's. A wrist camera's cuts off the fingers, which end 0.1 m away, ...
 NEAR_WRIST_STANDIN = 0.03  # ... so with the stand-in robot, which no published checkpoint has seen, it is nearer
@@ -81,18 +83,21 @@ class Stage:
     def __init__(self, robot: ArticulationBuilder, base: sapien.Pose, renderer: sapien.render.RenderSystem, shader: str, shadows: bool, near_wrist: float):
         self.shader, self.near_wrist = shader, near_wrist
         self.sapien = scene = sapien.Scene([renderer])
-        scene.set_ambient_light([0.5, 0.5, 0.5])
-        scene.add_directional_light([0, 0.5, -1], [0.5, 0.5, 0.5], shadow=shadows)
-        for x in (1, -1):
-            scene.add_point_light([x, 0, 1.8], [1, 1, 1], shadow=shadows)
+        lights = PLAIN_LIGHTS
+        self.directional = scene.add_directional_light([0, 0.5, -1], lights.directional, shadow=shadows)
+        self.points = [scene.add_point_light([x, 0, 1.8], colour, shadow=shadows) for x, colour in zip((1, -1), lights.points, strict=True)]
+        self.light(lights)
         builder = scene.create_actor_builder()
         builder.add_plane_visual(sapien.Pose(q=GROUND), [10, 10, 10], RenderMaterial(base_color=[0.8, 0.8, 0.8, 1]))
         self._stand(builder.build_render_component(), sapien.Pose())
+        self.furniture: dict[str, tuple[sapien.Entity, RenderMaterial]] = {}
         for box in ROOM:
             builder = scene.create_actor_builder()
-            builder.add_box_visual(half_size=box.half, material=RenderMaterial(base_color=[*box.colour, 1]))
-            self._stand(builder.build_render_component(), sapien.Pose(box.position))
+            material = RenderMaterial(base_color=[*box.colour, 1])
+            builder.add_box_visual(half_size=box.half, material=material)
+            self.furniture[box.name] = self._stand(builder.build_render_component(), sapien.Pose(box.position)), material
         self.links = {link.name: self._stand(link.build_render_component(), base) for link in robot.link_builders}
+        self._textures: dict[str, RenderTexture2D] = {}
         self.cameras: dict[str, sapien.render.RenderCameraComponent] = {}
         self._bodies: dict[tuple, list[sapien.Entity]] = {}  # every body made so far of a model; those of past episodes are out of the scene
         self._shown: list[tuple[sapien.Entity, sapien.Entity]] = []  # (what is drawn, what it follows)
@@ -117,6 +122,33 @@ class Stage:
             camera.entity.set_pose(view.pose())
         self.cameras[name] = camera
 
+    def light(self, lights: Lights) -> None:
+        self.sapien.set_ambient_light(lights.ambient)
+        for component, colour in zip((self.directional, *self.points), (lights.directional, *lights.points), strict=True):
+            component.color = colour
+
+    def lower_table(self, by: float) -> None:
+        """`by` metres, <= 0, below its usual height. The legs then reach into the table top."""
+        entity, _ = self.furniture["table"]
+        box = next(box for box in ROOM if box.name == "table")
+        entity.set_pose(sapien.Pose(np.add(box.position, (0, 0, by))))
+
+    def paint(self, name: str, picture: np.ndarray | None) -> None:
+        """A picture [S, S, 4] on "wall" or "table", or none. Each has one texture that is written again: SAPIEN keeps every texture that it is given."""
+        _, material = self.furniture[name]
+        if picture is None:
+            material.base_color_texture = None
+            return
+        if name not in self._textures:
+            self._textures[name] = RenderTexture2D(picture, "R8G8B8A8Unorm", srgb=True)
+        else:
+            self._textures[name].upload(picture)
+        material.base_color_texture = self._textures[name]
+
+    def aim(self, name: str, offset: np.ndarray) -> None:
+        """A fixed camera so far [3] off its place."""
+        self.cameras[name].entity.set_pose(sapien.Pose(offset) * VIEWS[name].pose())
+
     def show(self, robot_links: dict[str, sapien.Entity], objects: list[tuple[Model, sapien.Entity]]) -> None:
         """Draw from here on the robot and the objects of a new physics world."""
         for entity, _ in self._shown:
@@ -126,6 +158,9 @@ class Stage:
         used: dict[tuple, int] = {}
         keys = {model.key for model, _ in objects}
         self._bodies = {key: bodies for key, bodies in self._bodies.items() if key in keys or key[0] != "box"}  # boxes come in any size: keep none
+        if len(self._bodies) > MOST_KEPT:
+            self._bodies = {key: bodies for key, bodies in self._bodies.items() if key in keys}
+            sapien.render.clear_cache()  # SAPIEN keeps every mesh and texture file that it has read
         for model, entity in objects:
             key = model.key
             bodies = self._bodies.setdefault(key, [])
@@ -162,5 +197,5 @@ class Stage:
         return [self.cameras[name].get_picture("Color")[..., :3] for name in names]
 
     def close(self) -> None:
-        self.cameras, self.links, self._bodies, self._shown = {}, {}, {}, []
-        self.sapien = None
+        self.cameras, self.links, self._bodies, self._shown, self._textures, self.furniture = {}, {}, {}, [], {}, {}
+        self.sapien = self.directional = self.points = None

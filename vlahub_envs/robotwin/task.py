@@ -42,12 +42,13 @@ def side_of(position: np.ndarray) -> str:
 class Draws:
     """The random numbers of one layout, drawn as upstream draws them: numpy's legacy generator, one number after the other, the unused ones included."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, table_height: float = 0.0, camera_offset: float = 0.0):
         self.random = np.random.RandomState(seed)
-        self.random.uniform(0, 0)  # the table's height, which is fixed here
-        for _ in ("head", "front"):  # the jitter of the two fixed cameras: a direction and a length
-            self.random.randn(3)
-            self.random.uniform(0, 0)
+        self.lowered = self.random.uniform(-table_height, 0)  # m, <= 0: how the table stands. Drawn also where it always stands at its usual height
+        self.offsets = {}  # m [3]: how far the two fixed cameras are off, by a direction and a length. Drawn also where the length is 0
+        for name in ("head", "front"):
+            direction = self.random.randn(3)
+            self.offsets[name] = direction / np.linalg.norm(direction) * self.random.uniform(0, camera_offset)
 
     def choice(self, values: Sequence[int]) -> int:
         return int(self.random.choice(values, 1)[0])
@@ -94,6 +95,7 @@ class Task:
     step_limit: int  # control steps per episode
     objects: dict[str, tuple[int, ...]]  # name of each object that may appear -> its models
     sentences: Sentences
+    keep_free: tuple[tuple[float, float, float], ...] = ()  # x, y, radius in m: where clutter must not stand, besides around the objects
 
     def place(self, scene: Scene, draws: Draws) -> dict[str, str]:
         """Put the objects in. -> what the sentences' placeholders stand for: upper-case letters "050_bell/base0", lower-case ones "left" or "right"."""

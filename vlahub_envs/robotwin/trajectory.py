@@ -58,7 +58,7 @@ def plan(joints: np.ndarray, grippers: np.ndarray, hold: int = HOLD_IN_CHUNK) ->
         if moves[i]:
             path, speed, steps = rest_to_rest(joints[i], joints[j]) if j == i + 1 else through(joints[i : j + 1])
         else:
-            path, speed, steps = np.repeat(joints[i + 1 : j + 1], hold, axis=0), np.zeros(((j - i) * hold, 12)), hold * np.arange(1, j - i + 1)
+            path, speed, steps = np.repeat(joints[i + 1 : j + 1], hold, axis=0), np.zeros(((j - i) * hold, joints.shape[1])), hold * np.arange(1, j - i + 1)
         positions.append(path)
         velocities.append(speed)
         ends.extend(done + steps)

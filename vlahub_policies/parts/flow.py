@@ -11,6 +11,9 @@ every method below sets the mean of the next point to w0 x0 + w1 x1 and adds noi
 | flow_cps   | 1 - t'      | t' cos(pi noise_level / 2)       | t' sin(pi noise_level / 2)                                         |
 | flow_noise | 1 - t'      | t'                               | learned by a head, per element                                     |
 
+The noise of a step may be correlated along the chunk (`correlation`): white noise on every action makes a path shake, which a controller follows slowly or not at all, while
+a shift of neighbouring actions together is another way of doing the task. The density stays exact; see `normal_log_prob`.
+
 Substituting x0 and x1, a step is `x' = keep x + move v + spread noise` with numbers that are known in advance. `Schedule` holds them, so one loop runs them all.
 """
 
@@ -118,18 +121,38 @@ def stochastic_at(method: str, steps: int, noise_level: float, index: torch.Tens
 # ------------------------------------------------------------------------------------------------ densities
 
 
-def normal_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Element-wise log-density; 0 where std is 0 (a deterministic step has none)."""
+def correlate(noise: torch.Tensor, correlation: float) -> torch.Tensor:
+    """White noise [..., H, D] -> noise of unit variance in which neighbouring actions correlate by `correlation` (an autoregressive process along H)."""
+    if not correlation:
+        return noise
+    lag = torch.arange(noise.shape[-2], device=noise.device)
+    mix = correlation ** (lag[:, None] - lag[None]).clamp(min=0) * (lag[:, None] >= lag[None])  # [H, H], lower triangular
+    mix[:, 1:] *= math.sqrt(1 - correlation**2)
+    return mix.to(noise.dtype) @ noise
+
+
+def normal_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, correlation: float = 0.0) -> torch.Tensor:
+    """Element-wise log-density [..., H, D]; 0 where std is 0 (a deterministic step has none).
+
+    With correlated noise an element's density is conditional on the actions before it, so that the sum over the first N actions is the density of those N together.
+    """
     certain = std == 0
     safe = torch.where(certain, torch.ones_like(std), std)
-    density = -safe.log() - 0.5 * math.log(2 * math.pi) - 0.5 * ((x - mean) / safe) ** 2
+    unit, spread = (x - mean) / safe, safe
+    if correlation:
+        innovation = math.sqrt(1 - correlation**2)
+        unit = torch.cat([unit[..., :1, :], (unit[..., 1:, :] - correlation * unit[..., :-1, :]) / innovation], dim=-2)
+        spread = torch.cat([safe[..., :1, :], safe[..., 1:, :] * innovation], dim=-2)
+    density = -spread.log() - 0.5 * math.log(2 * math.pi) - 0.5 * unit**2
     return torch.where(certain, torch.zeros_like(density), density)
 
 
-def normal_entropy(std: torch.Tensor) -> torch.Tensor:
-    """Element-wise; 0 where std is 0."""
+def normal_entropy(std: torch.Tensor, correlation: float = 0.0) -> torch.Tensor:
+    """Element-wise, conditional like the density above; 0 where std is 0."""
     certain = std == 0
-    return torch.where(certain, torch.zeros_like(std), 0.5 * math.log(2 * math.pi * math.e) + torch.where(certain, torch.ones_like(std), std).log())
+    entropy = 0.5 * math.log(2 * math.pi * math.e) + torch.where(certain, torch.ones_like(std), std).log()
+    entropy[..., 1:, :] += 0.5 * math.log(1 - correlation**2)
+    return torch.where(certain, torch.zeros_like(std), entropy)
 
 
 # ------------------------------------------------------------------------------------------------ exploring and scoring
@@ -187,11 +210,17 @@ class Exploration:
     method: str = "flow_sde"
     steps: int = 10
     noise_level: float = 0.5
-    joint: bool = False  # every step stochastic, log-probabilities averaged; else one drawn step per row, scored alone
+    joint: bool = False  # every step stochastic, log-probabilities averaged; else one step per row, scored alone:
+    step: str = "drawn"  # ... drawn per row, or the "last" that adds noise. Noise of earlier steps is mostly denoised away, and with it what can be learnt
+    correlation: float = 0.0  # of the noise of neighbouring actions of a chunk
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"noise_method {self.method!r} is unknown; known are {', '.join(METHODS)}")
+        if self.step not in ("drawn", "last"):
+            raise ValueError(f"noise_step must be 'drawn' or 'last', not {self.step!r}")
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"noise_correlation must be at least 0 and below 1, not {self.correlation}")
         if self.steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {self.steps}")
 
@@ -210,10 +239,10 @@ def explore(
     if how.method == "ode":
         raise ValueError("noise_method 'ode' is deterministic and has no log-probability; explore with flow_sde, flow_cps or flow_noise, or call predict")
     start = randomness.normal(seeds, shape, INITIAL, device)
-    noise = randomness.normal(seeds, (how.steps, *shape), STEPS, device)
     if how.joint:
+        noise = correlate(randomness.normal(seeds, (how.steps, *shape), STEPS, device), how.correlation)
         taken = run(start, schedule(how.method, how.steps, how.noise_level).to(device), noise)
-        terms = normal_log_prob(taken.chain[:, 1:], taken.mean, taken.spread)
+        terms = normal_log_prob(taken.chain[:, 1:], taken.mean, taken.spread, how.correlation)
         first = normal_log_prob(start, torch.zeros_like(start), torch.ones_like(start))
         log_prob = torch.cat([first[:, None], terms], 1).mean(1)
         value = None if taken.value is None else taken.value.mean(1, keepdim=True)
@@ -221,10 +250,11 @@ def explore(
     drawable = int((schedule(how.method, how.steps, how.noise_level).spread > 0).sum())  # flow_cps adds no noise at its last step
     if not drawable:
         raise ValueError(f"noise_method {how.method!r} adds no noise in {how.steps} steps at noise_level {how.noise_level}; raise num_steps or noise_level")
-    index = randomness.integers(seeds, drawable, DRAWN_STEP)
+    index = randomness.integers(seeds, drawable, DRAWN_STEP) if how.step == "drawn" else torch.full((len(start),), drawable - 1)
+    noise = correlate(randomness.normal(seeds, (1, *shape), STEPS, device), how.correlation).expand(-1, how.steps, -1, -1)  # only the chosen step adds it
     taken = run(start, stochastic_at(how.method, how.steps, how.noise_level, index).to(device), noise)
     index, rows = index.to(device), torch.arange(len(start), device=device)
-    log_prob = normal_log_prob(taken.chain[rows, index + 1], taken.mean[rows, index], taken.spread[rows, index])
+    log_prob = normal_log_prob(taken.chain[rows, index + 1], taken.mean[rows, index], taken.spread[rows, index], how.correlation)
     value = None if taken.value is None else taken.value[rows, index][:, None]
     transition = torch.stack([taken.chain[rows, index], taken.chain[rows, index + 1]], 1)  # [B, 2, H, D]
     return taken.chain[:, -1], log_prob, value, {"chain": transition, "step": index}
@@ -244,8 +274,8 @@ def score(denoise: Denoise, trace: dict[str, torch.Tensor], how: Exploration) ->
         spread = _per_row(table.spread[step])
         spread = (spread if point.spread is None else spread * point.spread).expand_as(x)
         mean = _per_row(table.keep[step]) * x + _per_row(table.move[step]) * point.velocity
-        entropy = normal_entropy(spread) if how.method == "flow_noise" else torch.zeros_like(mean)
-        return normal_log_prob(after, mean, spread), entropy, point.value
+        entropy = normal_entropy(spread, how.correlation) if how.method == "flow_noise" else torch.zeros_like(mean)
+        return normal_log_prob(after, mean, spread, how.correlation), entropy, point.value
 
     if not how.joint:
         return transition(chain[:, 0], chain[:, 1], trace["step"])

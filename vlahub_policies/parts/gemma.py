@@ -42,6 +42,13 @@ class SiglipConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+def bias_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, S, T] bool -> what attention adds to its scores, [B, 1, S, T]. Rows start at multiples of 16, so that kernels read them in wide pieces."""
+    keys = visible.shape[-1]
+    rows = torch.zeros(*visible.shape[:-1], -(-keys // 16) * 16, dtype=dtype, device=visible.device)[..., :keys]
+    return rows.masked_fill_(~visible, MASKED)[:, None]
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """q [B, S, heads, d], k and v [B, T, kv heads, d], bias [B, 1, S, T] -> [B, S, heads * d]. Every kv head serves heads / kv heads query heads."""
     batch, length, heads, size = q.shape

@@ -14,6 +14,9 @@ class _Blocks(list):
     def __deepcopy__(self, memo: dict) -> _Blocks:
         return _Blocks()
 
+    def __reduce__(self) -> tuple:
+        return _Blocks, ()
+
 
 def lay_out(layers: Sequence[nn.Linear], multiple: int = 1) -> None:
     """Put the layers' matrices behind one another in memory, once, for inference; each takes a multiple of `multiple` rows, the further ones being zero.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from vlahub.hub import CheckpointError, read_json
+from vlahub_policies.parts.acceleration import Quick, through
 from vlahub_policies.parts.packing import joined, lay_out, widen
 
 
@@ -155,14 +155,6 @@ class GatedMLP(nn.Module):
         return F.linear(inner, wide[0], down.bias) if wide else down(inner)
 
 
-def through(owner: nn.Module, layer: nn.Module, *inputs: Any) -> Any:
-    """Run one of the owner's layers: recomputed in the backward pass, compiled, or as it is."""
-    if torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False) if owner.gradient_checkpointing else layer(*inputs)
-    compiled = owner.compiled.get(type(layer))
-    return compiled(layer, *inputs) if compiled else layer(*inputs)
-
-
 def pack(module: nn.Module) -> None:
     """q/k/v and gate/up matrices of every attention and MLP as one block each, for inference."""
     for part in module.modules():
@@ -198,6 +190,12 @@ def joint_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: tor
     """
     B, H, L, d = q.shape
     return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, d), k, v, attn_mask=bias).reshape(B, H, L, d)
+
+
+def by_token(q: torch.Tensor, own: tuple, past: tuple | None = None) -> tuple:
+    """What an attention kernel is given, heads behind tokens: q [B, L, H, d], past and own keys and values [B, S, G, d]."""
+    turned = [None if pair is None else tuple(part.transpose(1, 2) for part in pair) for pair in (past, own)]
+    return q.transpose(1, 2), *turned
 
 
 def attention_bias(mask: torch.Tensor, heads_per_key: int, dtype: torch.dtype) -> torch.Tensor:
@@ -279,7 +277,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing, self.compiled = False, {}
+        self.gradient_checkpointing, self.quick = False, Quick()
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
         self.merger = PatchMerger(config)
@@ -293,7 +291,7 @@ class VisionTower(nn.Module):
         x = x.unflatten(1, (-1, cell))[:, order].flatten(1, 2)
         for index, block in enumerate(self.blocks):
             here = (1, None) if index in self.config.full_attention else (windows, mask)
-            x = through(self, block, x, cos, sin, *here)
+            x = through(self.quick, self.gradient_checkpointing, block, x, cos, sin, *here)
         return self.merger(x)[:, inverse]
 
     def _layout(self, grid: tuple[int, int], device: torch.device) -> tuple:
@@ -374,16 +372,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, attention: Callable | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, L, C] -> the next x, and this layer's rotated keys and values [B, G, L, d]. Causal unless `bias` says otherwise.
 
-        `last` stops at the keys and values and returns x as it came.
+        `last` stops at the keys and values and returns x as it came. `attention`: a kernel for attention with a bias.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         if not last:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) if bias is None else joint_attention(q, k, v, bias)
-            x = x + self.self_attn.out(attended)
+            if bias is None:
+                seen = self.self_attn.out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+            elif attention is None:
+                seen = self.self_attn.out(joint_attention(q, k, v, bias))
+            else:
+                seen = self.self_attn.o_proj(attention(*by_token(q, (k, v)), bias))
+            x = x + seen
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x, k, v
 
@@ -392,7 +395,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing, self.compiled = False, {}
+        self.gradient_checkpointing, self.quick = False, Quick()
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
         nn.init.normal_(self.embed_tokens.weight, std=config.hidden**-0.5)  # fresh tokens as loud as fresh layers
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.layers)])
@@ -405,7 +408,7 @@ class TextModel(nn.Module):
         """
         cos, sin = self.rotary(positions)
         for layer in self.layers:
-            x, _, _ = through(self, layer, x, cos, sin)
+            x, _, _ = through(self.quick, self.gradient_checkpointing, layer, x, cos, sin)
         return self.norm(x)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""Prompts of the pi0 family through a sentencepiece model (PaliGemma's: 257152 pieces, pad 0, eos 1, bos 2)."""
+"""Prompts of the pi0 family through PaliGemma's tokenizer: 257152 pieces, pad 0, eos 1, bos 2; a sentencepiece model, or the same as a tokenizer.json."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,30 +8,29 @@ import torch
 
 from vlahub.hub import CheckpointError
 
-FILE = "tokenizer.model"
+FILE, JSON = "tokenizer.model", "tokenizer.json"
+BOS = 2
 PALIGEMMA = "google/paligemma-3b-pt-224"  # its tokenizer.model is the one that pi0 and pi0.5 were trained with
 
 
 class Tokenizer:
-    """A sentencepiece model, kept with its bytes so that it travels with a checkpoint."""
+    """A tokenizer's file, kept with its bytes so that it travels with a checkpoint: a sentencepiece model, or (`file` = tokenizer.json) one of the tokenizers library."""
 
-    def __init__(self, model: bytes):
-        from sentencepiece import SentencePieceProcessor
-
-        self.model = model
-        self._pieces = SentencePieceProcessor(model_proto=model)
+    def __init__(self, model: bytes, file: str = FILE):
+        self.model, self.file = model, file
+        self._encode, self._decode, self._size = (_sentencepiece if file == FILE else _tokenizers)(model)
 
     def __len__(self) -> int:
-        return self._pieces.vocab_size()
+        return self._size
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self.model,)
+        return Tokenizer, (self.model, self.file)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        return self._pieces.encode(text, add_bos=bos)
+        return [BOS] * bos + self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._pieces.decode(list(ids))
+        return self._decode(list(ids))
 
     def prompt(self, text: str) -> list[int]:
         """pi0's format. The newline is a piece of its own, encoded apart: it marks the end of the instruction."""
@@ -40,6 +39,29 @@ class Tokenizer:
     def prompt_with_state(self, text: str, state: np.ndarray) -> list[int]:
         """pi0.5's format: the normalised state [D] as 256 bins in the text."""
         return self.encode(f"Task: {clean(text)}, State: {' '.join(map(str, discretize(state)))};\nAction: ", bos=True)
+
+
+def _sentencepiece(model: bytes) -> tuple[Callable, Callable, int]:
+    """(text -> ids, ids -> text, number of pieces)"""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_proto=model)
+    if pieces.bos_id() != BOS:
+        raise ValueError(f"its <bos> is {pieces.bos_id()}, PaliGemma's is {BOS}")
+    return pieces.encode, pieces.decode, pieces.vocab_size()
+
+
+def _tokenizers(model: bytes) -> tuple[Callable, Callable, int]:
+    """(text -> ids, ids -> text, number of pieces)"""
+    import tokenizers
+
+    try:
+        pieces = tokenizers.Tokenizer.from_buffer(model)
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(str(error)) from error
+    if pieces.token_to_id("<bos>") != BOS:
+        raise ValueError(f"its <bos> is {pieces.token_to_id('<bos>')}, PaliGemma's is {BOS}")
+    return lambda text: pieces.encode(text, add_special_tokens=False).ids, pieces.decode, pieces.get_vocab_size()
 
 
 def clean(text: str) -> str:
@@ -72,21 +94,21 @@ def find(folder: Path, given: str | Path | None = None, *, fits: int) -> Tokeniz
     if given is not None:
         places = [Path(given)]
     else:
-        cached = try_to_load_from_cache(PALIGEMMA, FILE)
-        places = [folder / FILE, folder / "paligemma_tokenizer.model", Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model").expanduser()]
-        places += [Path(cached)] if isinstance(cached, str) else []
+        cached = [try_to_load_from_cache(PALIGEMMA, name) for name in (FILE, JSON)]
+        places = [folder / FILE, folder / "paligemma_tokenizer.model", folder / JSON, Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model").expanduser()]
+        places += [Path(place) for place in cached if isinstance(place, str)]
     for place in places:
         if place.is_file():
             try:
-                tokenizer = Tokenizer(place.read_bytes())
-            except RuntimeError as error:
-                raise CheckpointError(f"{place} is not a sentencepiece model: {error}") from error
+                tokenizer = Tokenizer(place.read_bytes(), JSON if place.suffix == ".json" else FILE)
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{place} is no tokenizer of PaliGemma's kind: {error}") from error
             if len(tokenizer) > fits:
                 raise CheckpointError(f"{place} has {len(tokenizer)} pieces, the model embeds only {fits}; pass tokenizer=PATH of the one it was trained with")
             return tokenizer
     raise CheckpointError(
         f"no tokenizer at {', '.join(map(str, places))}. This checkpoint comes without one: run `hf download {PALIGEMMA} {FILE}` once (the repository asks to accept "
-        "Gemma's licence), or pass tokenizer=PATH of a PaliGemma tokenizer.model"
+        "Gemma's licence), or pass tokenizer=PATH of a PaliGemma {FILE} or {JSON}"
     )
 
 

@@ -45,7 +45,8 @@ class BlocksRankingRGB(Task):
         self.cubes = [scene.add(colour, box((half, half, half), COLOURS[colour]), where) for colour, where in zip(COLOURS, poses, strict=True)]
         self.arms = [side_of(where.p) for where in poses]
         y = draws.uniform(-0.2, -0.1)
-        self.targets = [pose((draws.uniform(*x), y, 0.74), DOWN) for x in ((-0.09, -0.08), (-0.01, 0.01), (0.08, 0.09))]  # the expert's
+        self.targets = [pose((draws.uniform(*x), y, 0.74 + scene.lowered), DOWN) for x in ((-0.09, -0.08), (-0.01, 0.01), (0.08, 0.09))]  # the expert's
+        self.keep_free = tuple((*target[:2, 3], 0.05) for target in self.targets)
         return {letter: f"the {colour} block" for letter, colour in zip("ABC", COLOURS, strict=True)} | dict(zip("abc", self.arms, strict=True))
 
     def solved(self, scene):

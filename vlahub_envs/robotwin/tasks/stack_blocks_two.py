@@ -18,6 +18,7 @@ class StackBlocksTwo(Task):
     step_limit = 800
     objects = {}
     colours = ("red", "green")  # from the bottom up
+    keep_free = ((0, -0.13, 0.05),)  # where the stack is built
     near = np.array([0.025, 0.025, 0.012])  # m: how far a cube may be from its place on the one below
     sentences = Sentences(
         seen=(
@@ -58,7 +59,7 @@ class StackBlocksTwo(Task):
         return bool((np.abs(steps - (0, 0, 2 * HALF)) < self.near).all())
 
     def expert(self, scene, hands):
-        target, last = pose((0, -0.13, 0.75), DOWN), None
+        target, last = pose((0, -0.13, 0.75 + scene.lowered), DOWN), None
         for cube, arm in zip(self.cubes, self.arms, strict=True):
             yield from hands.grasp(arm, cube, range(4), pre=0.09, home=[last] if last not in (None, arm) else [])
             yield hands.lift(arm, 0.07)

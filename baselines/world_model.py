@@ -110,7 +110,7 @@ class Args:
     """peak learning rate of the autoencoder"""
     converter_rate: float = 2e-3
     """peak learning rate of the converter"""
-    video_rate: float = 1e-3
+    video_rate: float = 6e-4
     """peak learning rate of the video network (5e-5 to fine-tune the published one)"""
     classifier_rate: float = 1e-3
     """peak learning rate of the classifier"""

@@ -39,6 +39,21 @@ def test_ids_and_make_targets_exist(doc):
     assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
 
 
+def spelt_out(pattern: str) -> list[str]:
+    """ "a{b,c}" -> ["ab", "ac"]"""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    return [text for part in found[1].split(",") for text in spelt_out(pattern[: found.start()] + part + pattern[found.end() :])]
+
+
+def test_the_readme_lists_every_policy():
+    table = (ROOT / "README.md").read_text().split("Known ids,")[1].split("*Verified*")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name for cell in cells for pattern in re.findall(r"`([^`]+)`", cell) for name in spelt_out(pattern)]
+    assert sorted(listed) == sorted(catalog.POLICIES)
+
+
 def command_lines(doc: Path) -> list[list[str]]:
     """The words of every `vlahub ...` and `... baselines/NAME.py ...` in the shell blocks, without those that leave something out."""
     lines = []

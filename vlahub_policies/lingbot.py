@@ -30,6 +30,7 @@ from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.acceleration import Accelerated, Acceleration, Quick, compiled, through
+from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
 from vlahub_policies.parts.packing import joined, lay_out
@@ -661,11 +662,8 @@ class LingBotPolicy(Accelerated, Policy):
         base = qwen_text.find_base(str(settings.get("tokenizer_path", "Qwen/Qwen2.5-VL-3B-Instruct")), model, base_vlm)
         weights = hub.Weights(hub.safetensors_files(model))
         config = override(read_model(model, settings, weights, base, norm_stats, layout, options), **options)
-        with torch.device("meta"):
-            policy = cls(config, qwen_text.read_tokenizer(base))
-        policy.cast(dtype or torch.bfloat16)  # files are float32; the original serves in bfloat16
-        hub.load_tensors(policy, weights, rename=lambda name: f"model.{checkpoint_name(name)}", may_miss=cls.fresh, device=device, source=str(model))
-        return policy.to(device)
+        words, dtype = qwen_text.read_tokenizer(base), dtype or torch.bfloat16  # files are float32; the original serves in bfloat16
+        return filled(cls, config, words, weights, device, dtype, rename=lambda name: f"model.{checkpoint_name(name)}", source=str(model))
 
 
 # ------------------------------------------------------------------------------------------------ published layout

@@ -27,6 +27,7 @@ from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
 from vlahub_policies.parts.acceleration import Accelerated, Acceleration, compiled
+from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
 from vlahub_policies.parts.qwen_text import END, IMAGE, PAD, START, VISION_END, VISION_START
@@ -453,11 +454,7 @@ class QwenOFTPolicy(Accelerated, Policy):
         tokenizer = qwen_text.read_tokenizer(base)
         qwen_text.token(tokenizer, ACTION_TOKEN, base)
         config = override(read_run(run, record, shapes, base, unnorm_key, options.pop("interface", None)), **options)
-        with torch.device("meta"):
-            policy = cls(config, tokenizer)
-        policy.cast(dtype or weights[EMBEDDING].dtype)
-        hub.load_tensors(policy, weights, rename=checkpoint_name, may_miss=cls.fresh, device=device, source=str(file))
-        return policy.to(device)
+        return filled(cls, config, tokenizer, weights, device, dtype or weights[EMBEDDING].dtype, rename=checkpoint_name, source=str(file))
 
 
 # ------------------------------------------------------------------------------------------------ published layout

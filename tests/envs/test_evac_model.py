@@ -8,6 +8,7 @@ import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, tiny
 from vlahub_envs.evac import checkpoint
+from vlahub_envs.evac.acceleration import Inputs, denoise, size_for
 from vlahub_envs.evac.clip import clip_pixels
 from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
@@ -211,3 +212,32 @@ def test_norms_are_exact_where_a_picture_is_flat(side):
     finally:
         torch.set_num_threads(before)
     assert error < 5e-3  # mean / std is 1e4, so rounding alone gives 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ acceleration
+
+
+def test_padded_batches_give_the_same_answer():
+    """What a CUDA graph of a larger batch is given: the last world repeated."""
+    model = tiny()
+    made = conditions(model, 3)
+    x = torch.randn(3, 4, CHUNK, *CONFIG.latent_size)
+    wanted = model.network(made, MEMORY)(x, 500)
+    context = model.unet.read_context(made.tokens)
+    given = Inputs(made.latent[:, :, :MEMORY], made.channels(), context, torch.full((3,), CONFIG.fps), torch.full((3,), CONFIG.domain))
+    found = denoise(model.unet, given.padded(4), torch.cat([x, x[-1:]]), torch.full((4,), 500))
+    torch.testing.assert_close(found[:3], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[3], wanted[2], atol=1e-5, rtol=1e-5)
+
+
+def test_graphs_are_made_for_few_batch_sizes():
+    sizes = [size_for(batch) for batch in range(1, 65)]
+    assert all(size >= batch and size <= 1.5 * batch for batch, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+
+
+def test_acceleration_needs_a_gpu_and_a_name():
+    with pytest.raises(ValueError, match="'graph' needs a GPU; this world model lies on the cpu"):
+        tiny().accelerate("graph")
+    with pytest.raises(ValueError, match="must be one of off, graph, compile"):
+        tiny().accelerate("fast")

@@ -257,17 +257,19 @@ def test_the_official_release_is_used_where_it_is_complete(tmp_path, monkeypatch
 
     monkeypatch.setenv("VLAHUB_ASSETS", str(tmp_path))
     assert assets.find("auto").name == "stand-in"
-    with pytest.raises(FileNotFoundError, match=r"RLinf/RLCo-maniskill-assets.*VLAHUB_ASSETS"):
+    with pytest.raises(FileNotFoundError, match=r"vlahub assets twin --download.*vlahub assets twin-objects --download"):
         gym.make(ID, assets="official")
     records: dict = {"more_carrot": {}, "more_plate": {}}
     for thing in (*THINGS, TRAY):
-        folder = tmp_path / "twin" / assets.place(thing)
+        folder = tmp_path / "twin-objects" / assets.place(thing)
         for name in ("collision.obj", "textured.glb"):
             write_box(folder / name, thing.size)
         records[folder.parent.name][thing.key] = {"bbox": {"min": [-side / 2 for side in thing.size], "max": [side / 2 for side in thing.size]}}
     for kind, record in records.items():
-        (tmp_path / "twin/carrot" / kind / "model_db.json").write_text(json.dumps(record))
-    assert assets.missing(tmp_path / "twin") == [assets.TABLE]
+        (tmp_path / "twin-objects/carrot" / kind / "model_db.json").write_text(json.dumps(record))
+    assert assets.missing_objects(tmp_path / "twin-objects") == [] and assets.find("auto").name == "stand-in"  # without the table
+    with pytest.raises(FileNotFoundError, match=r"lacks custom_assets/bridge_table_long.glb"):
+        assets.find(tmp_path / "twin-objects")
     write_box(tmp_path / "twin" / assets.TABLE, (8, 2 * TABLE_TOP, 8))  # y-up
     assert assets.find("stand-in").name == "stand-in"
     env = gym.make(ID, camera_size=(24, 32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from vlahub import worker
 from vlahub_envs.libero import upstream
 from vlahub_envs.libero.upstream import LiberoTask
 
 CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> the model's
 # all of MjData that drawing reads
 SEEN = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+HIDDEN = 5  # a group of geoms that is not drawn
 MAX_PLACEMENTS = 100  # rejection sampling of start poses fails once in a while; so often only if a region is too small
 
 
@@ -163,6 +166,8 @@ class _own_randomness:
 def _gl_context(process: int) -> Any:
     """One OpenGL context for each process: a context does not survive a fork, and different models can share it."""
     backend = upstream.choose_gl()
+    if worker.serving:  # Mesa's software drivers start a thread for each core; workers share the cores already
+        os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         if backend == "egl":
             from mujoco.egl import GLContext
@@ -196,21 +201,34 @@ class Painter:
         self.options, self.pull, self.camera = mujoco.MjvOption(), mujoco.MjvPerturb(), mujoco.MjvCamera()
         self.options.geomgroup[0], self.options.geomgroup[1] = 0, 1
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        # what can be left out where the camera does not look, which is all but planes, and the corners of its boxes [G, 8, 3], 1 mm larger for rounding
+        self.limited = np.flatnonzero((model.geom_group == 1) & (model.geom_rbound > 0))
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=3)))
+        boxes = model.geom_aabb[self.limited]
+        self.corners = boxes[:, None, :3] + signs * (boxes[:, None, 3:] + 0.001)
 
     def draw(self, data: mujoco.MjData, site_rgba: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
         height, width = size
         self.gl.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)  # another model's buffer may be bound
-        self.camera.fixedcamid = self.model.camera(camera).id
-        present = self.model.site_rgba.copy()
-        self.model.site_rgba[:] = site_rgba
+        self.camera.fixedcamid = number = self.model.camera(camera).id
+        present, unseen = self.model.site_rgba.copy(), self._unseen(data, number, width / height)
+        self.model.site_rgba[:], self.model.geom_group[unseen] = site_rgba, HIDDEN
         mujoco.mjv_updateScene(self.model, data, self.options, self.pull, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene)
-        self.model.site_rgba[:] = present
+        self.model.site_rgba[:], self.model.geom_group[unseen] = present, 1
         viewport = mujoco.MjrRect(0, 0, width, height)
         mujoco.mjr_render(viewport, self.scene, self.context)
         image = np.empty((height, width, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, viewport, self.context)
         return image
+
+    def _unseen(self, data: mujoco.MjData, camera: int, aspect: float) -> np.ndarray:
+        """The geoms that lie outside of the camera's pyramid, all of one's corners beyond one of its sides. OpenGL would clip them, after working on each vertex."""
+        world = data.geom_xpos[self.limited, None] + self.corners @ data.geom_xmat[self.limited].reshape(-1, 3, 3).swapaxes(1, 2)  # [G, 8, 3]
+        x, y, z = np.moveaxis((world - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3), 2, 0)  # right, up, towards the viewer
+        up = np.tan(np.deg2rad(self.model.cam_fovy[camera]) / 2)
+        sides = (x > -z * up * aspect, x < z * up * aspect, y > -z * up, y < z * up, z > 0)
+        return self.limited[np.any([side.all(axis=1) for side in sides], axis=0)]
 
     def close(self) -> None:
         self.gl.make_current()

@@ -1,5 +1,6 @@
 """A digital twin of a pick-and-place cell on ManiSkill 3, and a stand-in for the real cell. This module holds the cards only."""
 
+from vlahub.assets import AssetPack, register_assets
 from vlahub.catalog import EnvCard, register_env
 
 _COMMON = dict(
@@ -25,5 +26,29 @@ register_env(
         kwargs={"cell": "real"},
         limits="a simulation, too: its gap is one guess of what a gap is (vlahub_envs/twin/gap.py); for demonstrations and evaluation only, never to train in by RL",
         **_COMMON,
+    )
+)
+
+# As the systems that use them name them; neither was reachable when this was written, so sizes are upper guesses
+register_assets(
+    AssetPack(
+        name="twin",
+        summary="The table of the cell that the twin imitates.",
+        repository="RLinf/RLCo-maniskill-assets",
+        missing="vlahub_envs.twin.assets:missing_table",
+        licence="see the dataset's card",
+        megabytes=500,
+        files=("custom_assets/*",),
+    )
+)
+register_assets(
+    AssetPack(
+        name="twin-objects",
+        summary="The twin's 25 objects and its tray.",
+        repository="RLinf/maniskill_assets",
+        missing="vlahub_envs.twin.assets:missing_objects",
+        licence="see the dataset's card",
+        megabytes=2_000,
+        files=("carrot/*",),
     )
 )

@@ -43,11 +43,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-# The RoboTwin ids are one class with other objects in its world: for Gymnasium's checker, which costs ten times the other tests, one without and one with joints stand for all
-CHECKED = [env_id for env_id in IDS if catalog.ENVS[env_id].family != "robotwin"] + ["vlahub/RoboTwin-ClickBell", "vlahub/RoboTwin-OpenMicrowave"]
-
-
-@pytest.mark.parametrize("env", [pytest.param(env_id, marks=pytest.mark.xdist_group(env_id)) for env_id in CHECKED], indirect=True)
 def test_gymnasiums_checker_has_no_complaint(env, recwarn):
     assert type(env) is vlahub.Env and env.spec.id == env.env_id
     check_env(env, skip_close_check=True)

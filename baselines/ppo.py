@@ -58,6 +58,8 @@ class Args:
     """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    offload: bool = False
+    """for a policy and a world model on one GPU: outside updates the optimizer's state lies on the CPU, in updates the world model does"""
     env_ranks: str = ""
     """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
     policy_ranks: str = ""
@@ -225,14 +227,14 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
     advantage = rollout.flat((advantage - spread.mean) / (spread.std + 1e-8) * mask)  # [R] or [R, N]
     targets, target_mask, valid = rollout.flat(returns), rollout.flat(mask), rollout.flat(rollout.valid)
     old_value = rollout.flat(rollout.value)[:, : targets.shape[1]] if targets.ndim == 2 else rollout.flat(rollout.value)[:, 0]
+    old_log_prob, entries = reduce_log_prob(rollout.log_prob.float(), valid, args.ratio_level)
     warmup = iteration < args.critic_warmup
     totals: dict[str, float] = {}
     steps, stop = 0, False
 
     for epoch in range(args.update_epochs):
         for rows in minibatches(rollout, envs, args, iteration, epoch):
-            entries = reduce_log_prob(rollout.log_prob[rows], valid[rows], args.ratio_level)[1].sum()
-            counts = distributed.total(torch.stack([entries, target_mask[rows].sum()]).double())
+            counts = distributed.total(torch.stack([entries[rows].sum(), target_mask[rows].sum()]).double())
             if not counts.all():  # every decision of this minibatch was aborted, on all ranks
                 continue
             sums = torch.zeros(6, dtype=torch.float64, device=rows.device)
@@ -246,7 +248,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
                 with run.autocast():
                     now = policy.evaluate({key: tensor[part] for key, tensor in rollout.trace.items()})
                 log_prob, entry_mask = reduce_log_prob(now.log_prob.float(), valid[part], args.ratio_level)
-                old, _ = reduce_log_prob(rollout.log_prob[part].float(), valid[part], args.ratio_level)
+                old = old_log_prob[part]
                 entropy, _ = reduce_log_prob(now.entropy.float(), valid[part], args.ratio_level)
                 scale = advantage[part].view(*advantage[part].shape, *[1] * (log_prob.ndim - advantage[part].ndim))
                 entry_mask, value_mask = entry_mask * weight, target_mask[part] * weight
@@ -308,7 +310,7 @@ def main(args: Args) -> None:
             run.set_learning_rates(optimizer, 1 - iteration / args.total_iterations if args.anneal else 1.0)
             with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rollout = collector.steady(args.num_chunks)
-            with run.timed("train"):
+            with run.timed("train"), run.updating(optimizer, env):
                 policy.train()
                 metrics = update(policy, optimizer, rollout, envs, args, iteration, run)
             counters["steps"] += int(distributed.total(rollout.valid.sum()))

@@ -12,8 +12,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,46 +25,44 @@ from vlahub_policies.parts import capture, gemma, kernels
 from vlahub_policies.parts.kernels import Tile
 
 CHOICES = {
-    "gate_up": [Tile(c, d, w, s) for (c, d), (w, s) in product(((32, 128), (32, 64), (16, 128), (64, 64)), ((4, 4), (8, 4), (8, 3)))],
-    "down": [Tile(c, d, 4, s, p) for (c, d, s), p in product(((32, 128, 4), (64, 64, 5), (64, 128, 3), (16, 128, 5)), (2, 4, 8))],
-    "out": [Tile(c, d, 4, s, p) for (c, d, s), p in product(((32, 128, 4), (64, 64, 5), (16, 128, 5)), (1, 2, 4, 8))],
-    "qkv": [Tile(c, d, w, s) for c, (d, w, s) in product((16, 32), ((128, 4, 4), (64, 4, 6), (128, 8, 4)))],
-    "attention": [(16, 4, 2), (16, 4, 3), (16, 4, 4), (16, 4, 5), (16, 8, 4), (32, 4, 4), (32, 4, 8), (32, 8, 8)],
+    "gate_up": [
+        Tile(32, 128, 4, 4),
+        Tile(32, 128, 4, 3),
+        Tile(32, 128, 8, 4),
+        Tile(32, 64, 4, 6),
+        Tile(64, 64, 4, 5),
+        Tile(64, 128, 8, 3),
+        Tile(16, 128, 4, 5),
+    ],
+    "qkv": [Tile(16, 128, 4, 4), Tile(16, 64, 4, 6), Tile(16, 256, 4, 3), Tile(32, 128, 4, 4), Tile(32, 64, 4, 6)],
+    "down": [Tile(32, 128, 4, 4, 4), Tile(64, 64, 4, 5, 2), Tile(64, 64, 4, 6, 4), Tile(32, 128, 4, 5, 2), Tile(32, 128, 4, 4, 8), Tile(16, 128, 4, 5, 2)],
+    "out": [Tile(32, 128, 4, 4, 4), Tile(16, 128, 4, 5, 2), Tile(32, 128, 4, 4, 2), Tile(32, 128, 4, 4, 8)],
+    "attention": [(16, 4, 5), (16, 4, 4), (16, 4, 3), (16, 8, 3)],
 }
 
 
 class Step:
     """The layers of one denoising step."""
 
-    def __init__(self, adaptive: bool, depth: int, past: int, length: int, config: gemma.GemmaConfig, device: str):
-        self.layers = []
-        for _ in range(depth):
-            layer = gemma.GemmaLayer(config, adaptive).to(device)
+    def __init__(self, adaptive: bool, past: int, length: int, config: gemma.GemmaConfig):
+        self.gemma = gemma.Gemma(config, adaptive).cuda()
+        for layer in self.gemma.layers:
             for module in (layer.self_attn, layer.mlp):
                 module.to(torch.bfloat16)
-            gemma.pack(layer)
-            self.layers.append(layer)
-        visible = torch.ones(1, length, past + length, dtype=torch.bool, device=device)
-        self.bias = gemma.bias_of(visible, torch.bfloat16)
-        self.turn = gemma.rotation(torch.arange(past, past + length, device=device)[None], config.head_dim)
-        self.past = [tuple(torch.randn(1, past, 1, config.head_dim, device=device, dtype=torch.bfloat16) for _ in range(2)) for _ in range(depth)]
-        self.modulations = [0.1 * torch.randn(1, 1, 3 * config.width, device=device) for _ in range(2)] if adaptive else [None, None]
-        self.x = torch.randn(1, length, config.width, device=device, dtype=torch.bfloat16)
+        gemma.pack(self.gemma)
+        self.depth = config.depth
+        self.bias = gemma.bias_of(torch.ones(1, length, past + length, dtype=torch.bool, device="cuda"), torch.bfloat16)
+        self.turn = gemma.rotation(torch.arange(past, past + length, device="cuda")[None], config.head_dim)
+        self.past = [tuple(torch.randn(1, past, 1, config.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in range(config.depth)]
+        self.modulations = [0.1 * torch.randn(1, 1, 3 * config.width, device="cuda") for _ in self.gemma.norms()] if adaptive else None
+        self.x = torch.randn(1, length, config.width, device="cuda")
 
     @torch.no_grad()
-    def run(self, inputs: dict, plain: bool = False) -> dict:
-        x = inputs["x"]
-        for layer, past in zip(self.layers, self.past, strict=True):
-            given = (x, *self.turn, self.bias, past, *self.modulations)
-            x, _ = layer(*given) if plain else kernels.layer(layer, *given)
-        return {"x": x}
-
-    def time(self, plain: bool = False) -> tuple[float, torch.Tensor]:
+    def time(self, run: Callable) -> tuple[float, torch.Tensor]:
         """(microseconds per layer, output)"""
-        captured = capture.Captured(lambda inputs: self.run(inputs, plain))
-        with torch.no_grad():
-            out = captured({"x": self.x})["x"].clone()
-            return 1e3 * measure(lambda: captured({"x": self.x}), "cuda", 0.15, least=20, most=60) / len(self.layers), out
+        captured = capture.Captured(lambda inputs: {"x": run(self.gemma, inputs["x"], self.turn, self.bias, self.past, self.modulations)[0]})
+        out = captured({"x": self.x})["x"].clone()
+        return 1e3 * measure(lambda: captured({"x": self.x}), "cuda", 0.15, least=20, most=60) / self.depth, out
 
 
 def main() -> None:
@@ -74,14 +72,14 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernel_tiles: no CUDA device")
-    begun, device, rows = time.perf_counter(), torch.device("cuda", torch.cuda.current_device()), []
-    step = Step(options.adaptive, 18, 560, 50 if options.adaptive else 51, gemma.GemmaConfig(width=1024, mlp_dim=4096), "cuda")
-    us, plain = step.time(plain=True)
+    begun, rows = time.perf_counter(), []
+    step = Step(options.adaptive, 560, 50 if options.adaptive else 51, gemma.GemmaConfig(width=1024, mlp_dim=4096))
+    us, plain = step.time(gemma.Gemma.forward)
     print(f"plain layers in a graph {us:>7.2f} us per layer", flush=True)
 
     def attempt(what: str, choice: object) -> float:
         try:
-            us, out = step.time()
+            us, out = step.time(kernels.stack)
         except Exception as error:  # a choice that does not fit this GPU: say so and try the others
             traceback.print_exc(limit=1)
             print(f"{what:<10} {choice!s:<75} failed: {(str(error) or type(error).__name__).splitlines()[0][:90]}", flush=True)
@@ -91,11 +89,7 @@ def main() -> None:
         rows.append({"what": what, "choice": str(choice), "us": us, "difference": error})
         return us
 
-    overlap = kernels._overlaps(device)
-    for mode in (0, 1, 2):
-        kernels._overlaps = lambda _, mode=mode: mode
-        attempt("overlap", mode)
-    kernels._overlaps = lambda _: overlap
+    overlaps = kernels._overlaps
     for what, choices in CHOICES.items():
         found = []
         for choice in choices:
@@ -104,9 +98,10 @@ def main() -> None:
             put(what, choice)
             found.append((attempt(what, choice), choice))
         put(what, min(found, key=lambda pair: pair[0])[1] if found else choices[0])
-    for mode in (0, 1, 2):
-        kernels._overlaps = lambda _, mode=mode: mode
-        attempt("overlap", mode)
+    kernels._overlaps = lambda device: False
+    attempt("best", "one kernel after the other")
+    kernels._overlaps = overlaps
+    attempt("best", "overlapping")
     chosen = {name: asdict(tile) for name, tile in kernels.TILES.items()} | {"attention": kernels.ATTENTION}
     print(f"best: {chosen}\nwhole run {time.perf_counter() - begun:.0f} s", flush=True)
     if os.environ.get("OUT"):

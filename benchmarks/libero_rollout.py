@@ -1,10 +1,11 @@
 """LIBERO's speed: vlahub's VectorEnv, LIBERO's own SubprocVectorEnv, and Gymnasium's AsyncVectorEnv around the stock environment, in one call.
 
     python benchmarks/libero_rollout.py                      # 2 workers, one task, chunk 8, two cameras of 256 pixels
-    python benchmarks/libero_rollout.py --envs 16 --chunks 20
+    python benchmarks/libero_rollout.py --envs 16 --chunks 20 --rounds 2
 
 All three draw the same assets on the same task. A round is an episode start (reset, initial state, 10 settle steps) and `chunks` chunks of random actions.
-The stock environments draw every step, as they always do; ours draws where a policy looks. Steps per second count the policy's control steps.
+The stock environments draw every step, as they always do; ours draws where a policy looks. Steps per second count the policy's control steps. "CPU" is the
+processor time of all processes, which other programs on the machine do not change. Last, where our time goes, and the least that each part could take.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import json
 import time
 from dataclasses import dataclass
@@ -87,25 +89,48 @@ class Stock(gym.Env):
         self.env.close()
 
 
+def cpu_seconds() -> float:
+    """Processor time that this process and all below it have used so far."""
+    parents, used = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        number = int(file.parent.name)
+        parents[number], used[number] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def below(number: int) -> bool:
+        while number not in (0, os.getpid()):
+            number = parents.get(number, 0)
+        return number != 0
+
+    return sum(seconds for number, seconds in used.items() if below(number))
+
+
 def timed(name: str, args: Args, start, run) -> dict[str, float]:
     """Seconds per episode start and control steps per second, after one round that is not timed."""
-    random, starts, steps = np.random.default_rng(0), 0.0, 0.0
+    random, starts, steps, cpu = np.random.default_rng(0), 0.0, 0.0, [0.0, 0.0]
     for number in range(args.rounds + 1):
-        began = time.perf_counter()
+        before, began = cpu_seconds(), time.perf_counter()
         start(number)
-        ready = time.perf_counter()
+        between, ready = cpu_seconds(), time.perf_counter()
         for _ in range(args.chunks):
             run(random.uniform(-1, 1, (args.envs, args.chunk, 7)).astype(np.float32))
         if number:
             starts += ready - began
             steps += time.perf_counter() - ready
+            cpu = [cpu[0] + between - before, cpu[1] + cpu_seconds() - between]
     count = args.rounds * args.envs * args.chunks * args.chunk
     figures = {
         "episode start, s": starts / args.rounds,
         "control steps/s": count / steps,
         "control steps/s with starts": count / (steps + starts),
+        "CPU ms per episode start": 1000 * cpu[0] / args.rounds / args.envs,
+        "CPU ms per control step": 1000 * cpu[1] / count,
+        "CPU ms per control step with starts": 1000 * sum(cpu) / count,
     }
-    print(f"{name:26}" + "".join(f"{key}: {value:8.2f}   " for key, value in figures.items()), flush=True)
+    print(f"{name:26}" + "".join(f"{key}: {value:.2f}   " for key, value in figures.items()), flush=True)
     return figures
 
 
@@ -150,20 +175,104 @@ def gymnasium_async(args: Args) -> dict[str, float]:
     return stock("gymnasium AsyncVectorEnv", args, gym.vector.AsyncVectorEnv([lambda: Stock(args)] * args.envs, context="spawn", autoreset_mode=mode))
 
 
+# ------------------------------------------------------------------------------------------------ where our time goes
+
+
+def split(args: Args) -> dict[str, tuple[float, float]]:
+    """Part -> (what it takes, the least that it could), both in ms per chunk of one worker. Medians over chunks of random actions."""
+    import mujoco
+    from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+
+    from vlahub_envs.libero import control
+    from vlahub_envs.libero.simulation import Libero
+
+    world = Libero(args.suite, protocol="openvla", camera_size=(args.size, args.size))
+    world.reset(0, {"task": args.task, "trial": 0})
+    world.observe()
+    scene, random, rows = world.scene, np.random.default_rng(0), []
+    model, data, arm, painter = scene.model, scene.data, scene.controller, scene.painter
+    before, picture, run = mujoco.MjData(model), np.empty((args.size, args.size, 3), np.uint8), control._run
+    viewport = mujoco.MjrRect(0, 0, args.size, args.size)
+
+    def recording(*given) -> None:
+        *given, count, begun = given
+        for substep in range(count):
+            run(*given, 1, begun and substep == 0)
+            rows.append(data.ctrl.copy())
+
+    def physics() -> None:
+        for row in rows:
+            data.ctrl[:] = row
+            mujoco.mj_step(model, data)
+
+    def kernels() -> None:
+        now, goal = arm.now, arm.goal
+        for _ in rows:
+            orientation_error(goal.rotation, now.rotation)
+            nullspace = opspace_matrices(now.mass, now.j_full, now.j_position, now.j_rotation)[3]
+            nullspace_torques(now.mass, nullspace, goal.rest, now.joints, now.speeds)
+
+    def paint() -> None:
+        mujoco.mjr_render(viewport, painter.scene, painter.context)
+        mujoco.mjr_readPixels(picture, None, viewport, painter.context)
+
+    def clock(function, *given) -> float:
+        began = time.perf_counter()
+        function(*given)
+        return 1000 * (time.perf_counter() - began)
+
+    found = []
+    for _ in range(16):
+        actions = random.uniform(-1, 1, (args.chunk, 7)).astype(np.float32)
+        mujoco.mj_copyData(before, model, data)
+        grip, ticks = arm.goal.grip.copy(), copy.copy(scene.clock)
+        rows.clear()
+        control._run = recording
+        world.apply(actions)
+        control._run = run
+        after = data.qpos.copy()
+        mujoco.mj_copyData(data, model, before)
+        arm.goal.grip[:], scene.clock = grip, ticks
+        applied = clock(world.apply, actions)
+        mujoco.mj_copyData(data, model, before)
+        stepped = clock(physics)
+        assert np.array_equal(data.qpos, after), "the floor is not the same physics"
+        seen, painted = clock(world.observe), 0.0
+        for camera in ("agentview", "eye_in_hand"):
+            scene.picture(camera, world.size)
+            painted += clock(paint)
+        found.append((stepped, applied - stepped, seen, stepped, clock(kernels), painted))
+    world.close()
+    medians = np.median(found, axis=0)
+    parts = dict(zip(("physics", "control", "rendering"), zip(medians[:3], medians[3:], strict=True), strict=True))
+    env = gym.make_vec(f"vlahub/LIBERO-{args.suite}", num_envs=1, max_steps=1, camera_size=(args.size, args.size))
+    try:
+        env.reset(seed=0, options={"task": args.task})
+        env.step_chunk(np.zeros((1, 1, 7), np.float32))
+        actions = np.zeros((1, args.chunk, 7), np.float32)  # of an episode that is over: nothing runs or is drawn, and what was seen last travels again
+        seen = env.step_chunk(actions).observation
+        there = {key: value.copy() for key, value in seen.items() if key != "task_descriptions"}
+        floor = [clock(lambda: [np.copyto(there[key], seen[key]) for key in there]) for _ in range(200)]
+        parts["transfer"] = (np.median([clock(env.step_chunk, actions) for _ in range(200)]), np.median(floor))
+    finally:
+        env.close()
+    return parts
+
+
 def main(args: Args) -> None:
     print(f"LIBERO-{args.suite} task {args.task}, {assets.find('auto')[0]} assets, {args.envs} workers, {os.cpu_count()} cores, GL {upstream.choose_gl()}")
     upstream.load()
     figures = {"vlahub": ours(args), "libero": libero_own(args), "gymnasium": gymnasium_async(args)}
-    for key in figures["vlahub"]:
-        values = {name: figure[key] for name, figure in figures.items()}
-        best = (
-            min(values["libero"], values["gymnasium"]) / values["vlahub"]
-            if key.endswith(", s")
-            else values["vlahub"] / max(values["libero"], values["gymnasium"])
-        )
-        print(f"{key}: {best:.1f} times as fast as the better of the two")
+    ratios = {}
+    for key, mine in figures["vlahub"].items():
+        peers = figures["libero"][key], figures["gymnasium"][key]
+        ratios[key] = mine / max(peers) if key.startswith("control") else min(peers) / mine
+        print(f"{key}: {ratios[key]:.1f} times better than the better of the two")
+    parts = split(args)
+    for part, (takes, floor) in parts.items():
+        print(f"{part:10} {takes:7.2f} ms per chunk, at least {floor:7.2f}")
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=2))
+        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": None}, "figures": figures, "ratios": ratios, "parts": parts}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Latency of pi0 and pi0.5 at full size with random weights, beside transformers' own pi0 and beside the floor, in one run on one GPU.
+"""Latency of pi0 and pi0.5 at full size with random weights, beside transformers' own pi0 (or openpi's) and beside the floor, in one run on one GPU.
 
     python benchmarks/policy_latency.py                      # the table; a JSON copy in $OUT if that is set
     python benchmarks/policy_latency.py --models pi0 --batches 1 64 --variants compile --no-grid --no-attention --no-peer   # the shortest
+    python benchmarks/policy_latency.py --peer-path openpi   # beside openpi's PyTorch model, from a checkout of it, in its environment
     python benchmarks/policy_latency.py --device cpu --tiny  # does the script work at all?
 
 Every number is the median over CUDA events of one decision: images already resized and text already tokenised (all tokens real) -> the whole chunk of normalised actions.
@@ -9,6 +10,7 @@ The floor of a phase is the larger of its bytes over the measured copy bandwidth
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -18,6 +20,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -256,6 +259,44 @@ def run_peer(model, batch: int, cameras: int, tokens: int, steps: int, size: int
     report(model="pi0", variant=variant, batch=batch, cameras=cameras, tokens=tokens, steps=steps, ms=ms, start_s=started, note=f"first call {started:.1f} s")
 
 
+def openpi(path: Path, pi05: bool, device: str):
+    """openpi's PyTorch model with random bf16 weights, from a checkout; in openpi's own environment, whose transformers it patches (our pi0 needs none)."""
+    sys.path.insert(0, str(path / "src"))
+    try:
+        from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
+    except ImportError as error:
+        raise SystemExit(
+            f"policy_latency: {path} is no openpi checkout that can be imported here ({error}); run this script with the Python of openpi's environment"
+        ) from error
+    config = SimpleNamespace(pi05=pi05, paligemma_variant="gemma_2b", action_expert_variant="gemma_300m", dtype="bfloat16", action_horizon=50, action_dim=32)
+    with torch.device(device):
+        model = PI0Pytorch(config).eval()
+    # its preparation wants pictures of three cameras; what follows takes as many as there are
+    model._preprocess_observation = lambda given, train: (given.images, given.masks, given.tokens, given.token_mask, given.state)
+    return model.to(device)
+
+
+@torch.no_grad()
+def run_openpi(model, name: str, batch: int, cameras: int, tokens: int, steps: int, tuned: bool) -> None:
+    """`tuned`: compiled with max-autotune, as its policy server runs it; else eager."""
+    device = next(model.parameters()).device.type
+    given = SimpleNamespace(
+        images=[torch.randn(batch, 3, 224, 224, device=device) for _ in range(cameras)],
+        masks=[torch.ones(batch, dtype=torch.bool, device=device)] * cameras,
+        tokens=torch.randint(0, 257152, (batch, tokens), device=device),
+        token_mask=torch.ones(batch, tokens, dtype=torch.bool, device=device),
+        state=torch.randn(batch, 32, device=device),
+    )
+    noise = torch.randn(batch, 50, 32, device=device)
+    sample = model.sample_actions if tuned else functools.partial(type(model).sample_actions, model)
+    start = time.perf_counter()
+    sample(device, given, noise, steps).cpu()
+    started = time.perf_counter() - start
+    ms = measure(lambda: sample(device, given, noise, steps), device)
+    variant = "openpi max-autotune" if tuned else "openpi eager"
+    report(model=name, variant=variant, batch=batch, cameras=cameras, tokens=tokens, steps=steps, ms=ms, start_s=started, note=f"first call {started:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
@@ -268,11 +309,13 @@ def main() -> None:
         "--no-grid", dest="grid", action="store_false", help="two cameras and 10 steps only; else the last variant with 1 to 3 cameras and 4 steps too"
     )
     parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave out the comparison of attention kernels")
-    parser.add_argument("--tiles", type=Path, help="the file that kernel_tiles.py wrote: measure with its best tiles")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a decision at batch 1 and of a prefix at batch 64")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
+    parser.add_argument("--peer-path", type=Path, help="a checkout of openpi, run instead of transformers' pi0; needs openpi's environment")
     parser.add_argument("--models", nargs="+", default=["pi0", "pi05"], choices=["pi0", "pi05"], help="which of our models")
     options = parser.parse_args()
+    if options.peer_path and not (options.peer_path / "src/openpi/models_pytorch").is_dir():
+        parser.error(f"--peer-path {options.peer_path} is no checkout of openpi: it has no src/openpi/models_pytorch")
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("policy_latency: no CUDA device; try --device cpu --tiny")
@@ -287,12 +330,6 @@ def main() -> None:
             attention(device, batch, 51, 611)
         attention(device, 64, 216, 216, 16, 2, 128)  # LingBot's prefix and suffix
         attention(device, 64, 51, 267, 16, 2, 128)
-    if options.tiles:
-        from vlahub_policies.parts import kernels
-
-        best = json.loads(options.tiles.read_text())["best"]
-        kernels.ATTENTION = tuple(best.pop("attention"))
-        kernels.TILES = {name: kernels.Tile(**tile) for name, tile in best.items()}
     batches = (1, 2) if options.tiny else options.batches
     for model in options.models:
         pi05 = model == "pi05"
@@ -336,7 +373,15 @@ def main() -> None:
         gc.collect()  # a policy and what accelerates it point at each other
         if device == "cuda":
             torch.cuda.empty_cache()
-    if not options.no_peer:
+    if options.peer_path:
+        for model in options.models:
+            peer_model = openpi(options.peer_path, model == "pi05", device)
+            for batch in batches:
+                run_openpi(peer_model, model, batch, 2, 200 if model == "pi05" else 48, 10, tuned=False)
+            run_openpi(peer_model, model, batches[0], 2, 200 if model == "pi05" else 48, 10, tuned=True)
+            del peer_model
+            gc.collect()
+    elif not options.no_peer:
         try:
             other = peer(device, options.tiny)
         except Exception:  # the peer's absence must not cost our rows

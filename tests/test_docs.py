@@ -11,11 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tyro
 
 import vlahub  # noqa: F401  registers the ids
 from vlahub import catalog, cli
 from vlahub.catalog import key_values
-from vlahub.run import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +37,21 @@ def test_ids_and_make_targets_exist(doc):
         assert env_id in catalog.ENVS, f"{doc.name} names {env_id}"
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
+
+
+def spelt_out(pattern: str) -> list[str]:
+    """ "a{b,c}" -> ["ab", "ac"]"""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    return [text for part in found[1].split(",") for text in spelt_out(pattern[: found.start()] + part + pattern[found.end() :])]
+
+
+def test_the_readme_lists_every_policy():
+    table = (ROOT / "README.md").read_text().split("Known ids,")[1].split("*Verified*")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name for cell in cells for pattern in re.findall(r"`([^`]+)`", cell) for name in spelt_out(pattern)]
+    assert sorted(listed) == sorted(catalog.POLICIES)
 
 
 def command_lines(doc: Path) -> list[list[str]]:
@@ -63,7 +78,7 @@ def test_command_lines_parse(doc, monkeypatch):
             assert cli.main(words[1:]) == 0, command
         elif "--resume" not in words:  # that one reads the arguments of a run
             baseline = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
-            ran |= dataclasses.asdict(arguments(baseline.Args, baseline.__doc__, words[1:]))
+            ran |= dataclasses.asdict(tyro.cli(baseline.Args, args=words[1:]))
         env_id = ran.get("env", ran.get("env_id", ""))
         if env_id in catalog.ENVS:  # ids that do not exist are another test's; examples name some of the reader's own
             known = inspect.signature(catalog.load(catalog.ENVS[env_id].simulation)).parameters

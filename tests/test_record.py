@@ -13,7 +13,7 @@ import pytest
 
 from tests.mlp import MlpPolicy
 from tests.test_cli import call
-from tests.worlds import POINT, PointWorld
+from tests.worlds import POINT, SPEED, PointWorld
 from vlahub.dataset import Dataset
 from vlahub.evaluation import SettingsDiffer, episodes_of
 from vlahub.record import PURPOSE, record
@@ -84,6 +84,36 @@ def test_failures_are_listed_and_left_out_unless_asked_for(tmp_path, capsys):
     assert shown.count("not solved") >= 3 and f"0 of 3 episodes are in {tmp_path / 'a'} (0 solved)" in shown
     assert call(*small, "--out", str(tmp_path / "b"), "--no-only-successes") == 0
     assert len(Dataset(tmp_path / "b").episodes) == 3 and "3 of 3 episodes" in capsys.readouterr().out
+
+
+def test_episodes_go_on_after_success_if_asked_to(tmp_path):
+    """The rows up to the success are those of a plain recording; what follows is labelled step by step."""
+    record(POINT, "expert", 3, tmp_path / "plain", progress=False)
+    record(POINT, SlowToTheLeft(), 3, tmp_path / "fails", after=4, max_steps=5, only_successes=False, progress=False)
+    result = record(POINT, "expert", 3, tmp_path / "long", after=4, progress=False)
+    plain, long = Dataset(tmp_path / "plain"), Dataset(tmp_path / "long")
+    assert all(line.success for line in result.lines)
+    for a, b in zip(plain.episodes, long.episodes, strict=True):
+        assert b.length == a.length + 4
+        assert np.array_equal(plain.states[a.start : a.start + a.length], long.states[b.start : b.start + a.length])
+        solved = pq.read_table(b.file)["next.success"].to_pylist()
+        assert solved == [False] * (a.length - 1) + [True] * 5
+    assert {entry.length for entry in Dataset(tmp_path / "fails").episodes} == {5}
+
+
+def test_noise_belongs_to_the_episode_and_is_recorded(tmp_path):
+    for name, envs in (("one", 1), ("three", 3)):
+        record(POINT, SlowToTheLeft(), 4, tmp_path / name, num_envs=envs, noise=0.3, max_steps=12, only_successes=False, progress=False)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+    dataset = Dataset(tmp_path / "one")
+    first = dataset.episodes[0]
+    states, actions = (values[first.start : first.start + 12] for values in (dataset.states, dataset.actions))
+    np.testing.assert_allclose(np.clip(states[:-1] + SPEED * actions[:-1], -1, 1), states[1:], atol=1e-6)  # the noisy action is what moved the point
+    wanted = SlowToTheLeft()({"states": states[:1]})[0, 0]
+    noise = actions[:3] - wanted
+    assert (np.abs(noise) > 1e-3).all() and np.allclose(noise, noise[0], atol=1e-6)  # one draw holds for ten steps
+    with pytest.raises(ValueError, match="noise and after must be at least 0"):
+        record(POINT, "expert", 1, tmp_path / "bad", noise=-1.0)
 
 
 def test_a_longer_recording_extends_a_shorter_one(tmp_path):

@@ -13,9 +13,10 @@ from vlahub.rollout import Collector, Film, SeedStream, reduce_log_prob
 from vlahub.vector import VectorEnv
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one slot", "two slots"])
+@pytest.fixture(scope="module", params=[(1, 2), (2, 2), (2, 0)], ids=["one slot", "two slots", "in process"])
 def env(request):
-    env = VectorEnv(POINT, num_envs=4, workers=2, slots=request.param, max_steps=9, timeout=60)
+    slots, workers = request.param
+    env = VectorEnv(POINT, num_envs=4, workers=workers, slots=slots, max_steps=9, timeout=60)
     yield env
     env.close()
 

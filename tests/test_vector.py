@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 import vlahub
 from tests.worlds import POINT, PointWorld
 from vlahub.observation import select, validate
-from vlahub.vector import ATTEMPTS, SLABS_PER_SLOT, VectorEnv, WorkerError, collate, make
+from vlahub.vector import ATTEMPTS, SLABS_PER_SLOT, InProcess, VectorEnv, WorkerError, collate, make
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def random_chunks(rng, *shape):
 # Equality with single envs
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_any_number_of_workers_gives_the_trajectories_of_single_envs(point, workers):
     env = point(workers=workers, wrists=2, extras=1, max_steps=11)
     singles = [gym.make("test/Point", wrists=2, extras=1, max_steps=11) for _ in range(3)]
@@ -381,9 +381,9 @@ def test_misuse_of_slots(point):
 # Trouble
 
 
-@pytest.mark.parametrize("trouble", ["crash", "hang", "raise"])
-def test_trouble_aborts_one_episode_and_nothing_else(point, trouble):
-    env, calm = point(3, workers=3, trouble=trouble, timeout=5 if trouble == "hang" else 60), point(3, workers=1)
+@pytest.mark.parametrize(("trouble", "workers"), [("crash", 3), ("hang", 3), ("raise", 3), ("raise", 0)])
+def test_trouble_aborts_one_episode_and_nothing_else(point, trouble, workers):
+    env, calm = point(3, workers=workers, trouble=trouble, timeout=5 if trouble == "hang" else 60), point(3, workers=1)
     env.reset(seed=0, options={"trouble": [None, 3, None]}), calm.reset(seed=0)
     rng = np.random.default_rng(0)
     actions = random_chunks(rng, 3, 4) * 0.1
@@ -487,8 +487,9 @@ class Fragile(PointWorld):
         raise RuntimeError("crack")
 
 
-def test_a_simulation_that_raised_is_built_anew_and_its_neighbours_stay():
-    env = VectorEnv(dataclasses.replace(POINT, simulation="tests.test_vector:Fragile"), 2, workers=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_simulation_that_raised_is_built_anew_and_its_neighbours_stay(workers):
+    env = VectorEnv(dataclasses.replace(POINT, simulation="tests.test_vector:Fragile"), 2, workers=workers)
     env.reset(seed=0, options={"trouble": [1, None]})
     with pytest.warns(RuntimeWarning, match="crack"):
         result = env.step_chunk(np.zeros((2, 2, 2)))
@@ -614,8 +615,9 @@ def test_bad_arguments_say_what_to_do(arguments, error, words):
         make(**{"env_id": "test/Point", **arguments})
 
 
-def test_an_interrupted_call_leaves_no_stale_replies(point):
-    env, calm = point(2, workers=2, cost=0.05), point(2, workers=1)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_call_leaves_no_stale_replies(point, workers):
+    env, calm = point(2, workers=workers, cost=0.05), point(2, workers=1)
     env.reset(seed=0)
     before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
@@ -628,6 +630,15 @@ def test_an_interrupted_call_leaves_no_stale_replies(point):
         assert env.step_chunk(np.zeros((2, 1, 2))).info["aborted"].all()
     assert same(env.reset(seed=3)[0], calm.reset(seed=3)[0])
     assert same(env.step_chunk(np.ones((2, 2, 2))).observation, calm.step_chunk(np.ones((2, 2, 2))).observation)
+
+
+def test_cheap_simulations_live_in_the_calling_process():
+    cheap = dataclasses.replace(POINT, cheap=True)
+    with closing(VectorEnv(cheap, 2, slots=2)) as here, closing(VectorEnv(cheap, 2, workers=1)) as elsewhere:
+        assert all(isinstance(one, InProcess) for one in here._workers) and not isinstance(elsewhere._workers[0], InProcess)
+        assert same(here.reset(seed=3)[0], elsewhere.reset(seed=3)[0])
+    with pytest.raises(TypeError, match="no option 'sise'"):
+        VectorEnv(cheap, 1, sise=3)
 
 
 # Gymnasium's doors, and others

@@ -121,4 +121,4 @@ POINT = EnvCard(
     summary="Push a point to a coloured target.",
 )
 
-POINT_TOLD = dataclasses.replace(POINT, id="test/PointTold", kwargs={"told": True})
+POINT_TOLD = dataclasses.replace(POINT, id="test/PointTold", kwargs={"told": True}, cheap=True)

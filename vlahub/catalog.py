@@ -33,8 +33,11 @@ class EnvCard:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     expert: str = ""  # "module:Class", called with the simulation; empty if there is none
     vector: str = "vlahub.vector:VectorEnv"  # a natively batched family names its own class here
+    cheap: bool = False  # a step takes microseconds: vector envs run it in the calling process, unless told how many workers
     needs: tuple[str, ...] = ()  # importable packages; `pip install vlahub[extra]` brings them
     extra: str = ""
+    asks: str = ""  # what the user must give because it does not ship (a world model's weights); empty: the id runs as it is
+    protocols: tuple[str, ...] = ()  # values of its option `protocol`, the ways in which published evaluators run it; `trials` is then a number
     limits: str = ""  # what one should know before trusting a number
     measured: str = ""  # what was measured with it, with its command
 
@@ -65,9 +68,20 @@ class PolicyCard:
     measured: str = ""
 
 
+@dataclass(frozen=True)
+class WeightsCard:
+    """Bundled weights that are no policy: a world model's."""
+
+    id: str  # "vlahub/evac-tiny-libero-spatial"
+    summary: str
+    folder: str  # "package:relative/folder"
+    measured: str = ""
+
+
 ENVS: dict[str, EnvCard] = {}
 FAMILIES: dict[str, FamilyCard] = {}
 POLICIES: dict[str, PolicyCard] = {}
+WEIGHTS: dict[str, WeightsCard] = {}
 
 
 class UnknownId(ValueError):
@@ -95,6 +109,10 @@ def register_family(card: FamilyCard) -> None:
 
 def register_policy(card: PolicyCard) -> None:
     _add(POLICIES, card.id, card)
+
+
+def register_weights(card: WeightsCard) -> None:
+    _add(WEIGHTS, card.id, card)
 
 
 def _add(cards: dict[str, Any], key: str, card: Any) -> bool:

@@ -63,7 +63,7 @@ def list_cards(id: tyro.conf.Positional[str] = "", json: tyro.conf.FlagCreatePai
         id: an environment, policy or family; its whole card is shown.
         json: for machines.
     """
-    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES}
+    kinds = {"environments": catalog.ENVS, "policies": catalog.POLICIES, "families": catalog.FAMILIES, "weights": catalog.WEIGHTS}
     if id:
         found = [(kind, cards[id]) for kind, cards in kinds.items() if id in cards]
         if not found:
@@ -137,6 +137,8 @@ def _show_all() -> None:
     for family in catalog.FAMILIES.values():
         mine = {name: card for name, card in catalog.POLICIES.items() if card.family == family.name}
         show(f"Policies of the family {family.name}: {family.summary}", mine)
+    if catalog.WEIGHTS:
+        show("World models", catalog.WEIGHTS)
     console.print("`vlahub list ID` shows one card whole; any folder or hub repository of a known family can be a policy.", soft_wrap=True)
 
 
@@ -147,7 +149,8 @@ def _trained_for(card: Any) -> str:
 
 
 def _with_fix(card: Any) -> str:
-    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "")
+    asks = getattr(card, "asks", "")
+    return card.summary + (f" (not installed: {_fix(card)})" if _missing(card) else "") + (f" (needs {asks})" if asks else "")
 
 
 def _plain(text: Any) -> Any:
@@ -210,7 +213,8 @@ def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreateP
 def evaluate(
     env: str,
     policy: str,
-    episodes: int = 50,
+    episodes: int | None = None,
+    protocol: str = "",
     num_envs: int = 1,
     seed: int = 0,
     out: Path | None = None,
@@ -231,7 +235,8 @@ def evaluate(
     Args:
         env: environment id; `vlahub list` shows them. `module:id` imports the module that registers it first.
         policy: a bundled id, a folder, a hub repository, `expert`, `random`, or `module:function` (batched observation -> actions [B, T, D]).
-        episodes: how many; every task gets the same number of trials.
+        episodes: how many, 50 by default; every task gets the same number of trials.
+        protocol: run as a published evaluator does, by its name (LIBERO: openvla, openpi, lerobot, rlinf): its step limit and start, every trial of every task.
         num_envs: environments that run at once, each in its own process; the results do not depend on it.
         seed: decides the episodes, with their number.
         out: folder for everything written; runs/ENV-POLICY-SEED by default.
@@ -249,13 +254,17 @@ def evaluate(
 
     env = _registered(env)  # a wrong id is cheap to find before the weights are loaded
     given = key_values("env-options", env_options)
+    if protocol:
+        evaluation.with_protocol(env, protocol, given)  # likewise
     loaded_with = key_values("policy-options", policy_options)
     player = _load_policy(policy, device, dtype, loaded_with)
-    out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
+    parts = (env, policy, *([protocol] if protocol else []), str(seed))
+    out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in parts)
     results = evaluation.evaluate(
         env,
         player,
         episodes=episodes,
+        protocol=protocol,
         num_envs=num_envs,
         seed=seed,
         out=out,
@@ -360,6 +369,8 @@ def record(
     format: Literal["v2.1", "v3.0"] = "v2.1",
     images: Literal["png", "jpeg", "video"] = "png",
     only_successes: bool = True,
+    noise: float = 0.0,
+    after: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -368,7 +379,7 @@ def record(
     env_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
     policy_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
 ) -> int:
-    """Record demonstrations of the expert or a policy as a LeRobot-format dataset, one row per control step.
+    """Record demonstrations of the expert or a policy, with failures if asked for, as a LeRobot-format dataset, one row per control step.
 
     The same command continues a recording that was interrupted; more episodes extend a v2.1 dataset.
 
@@ -381,7 +392,9 @@ def record(
         seed: decides the episodes, with their number.
         format: of the dataset; openpi and RLinf read v2.1, lerobot from 0.4 on v3.0.
         images: how pictures are kept; png is lossless.
-        only_successes: leave out episodes that were not solved; they are listed in any case.
+        only_successes: leave out episodes that were not solved; they are listed in any case. --no-only-successes keeps them.
+        noise: standard deviation of Gaussian noise on every action, in action units; for a world model's data. The noisy action is what is recorded.
+        after: control steps that an episode goes on for once it was solved; world models and success classifiers need to see the solved state.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
         timeout: seconds that a simulation may take to start, reset or run a chunk.
@@ -407,6 +420,8 @@ def record(
         version=format,
         images=images,
         only_successes=only_successes,
+        noise=noise,
+        after=after,
         execute=execute,
         max_steps=max_steps,
         timeout=timeout,

@@ -415,6 +415,13 @@ class Dataset:
         self._place, self._row = np.array(place), np.array(rows)
         self._last = np.cumsum([entry.length for entry in self.episodes]) - 1  # last frame of each episode
 
+    def column(self, name: str) -> np.ndarray:
+        """A column of one number per frame, such as "next.success", over the frames kept: [F]."""
+        if name not in self.features:
+            raise DatasetError(f"{self.folder} has no column {name!r}; it has {', '.join(self.features)}")
+        parts = [_read_table(entry.file, [name])[name].slice(entry.first_row, entry.length).to_numpy() for entry in self.episodes]
+        return np.concatenate(parts)
+
     @property
     def layout(self) -> dict[str, Any]:
         """What datasets that are drawn from together must have in common."""

@@ -362,7 +362,7 @@ def missing(packages: Iterable[str]) -> list[str]:
 
 def checks() -> list[tuple[str, Callable[[], Finding]]]:
     """Every check by name, in the order of the report."""
-    environments, families = list(catalog.ENVS.values()), list(catalog.FAMILIES.values())
+    environments, families = [card for card in catalog.ENVS.values() if not card.asks], list(catalog.FAMILIES.values())
     needed = {package for card in (*environments, *families) for package in card.needs}
 
     def severity(finding: Finding, *packages: str) -> Finding:
@@ -424,7 +424,7 @@ def checks() -> list[tuple[str, Callable[[], Finding]]]:
         text, fix = f"the {card.name} policies need {', '.join(missing(card.needs))}, not installed", f"pip install 'vlahub[{card.extra}]'"
         found.append((f"policy {card.name}", lambda text=text, fix=fix: Finding("FAIL", text, fix)))
     modules = {card.name: card.policy for card in families if card not in lacking}
-    folders = {card.id: card.folder for card in catalog.POLICIES.values() if card.folder}
+    folders = {card.id: card.folder for card in (*catalog.POLICIES.values(), *catalog.WEIGHTS.values()) if card.folder}
     found.append(("policies", lambda: isolated(probe_policies, modules, folders, fix="install vlahub again")))
     return found
 

@@ -44,14 +44,14 @@ def resolve(
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     name = str(name)
-    card = catalog.POLICIES.get(name)
+    card = catalog.POLICIES.get(name) or catalog.WEIGHTS.get(name)
     if card is not None and card.folder:
         package, _, folder = card.folder.partition(":")
         return Path(str(importlib.resources.files(package))) / folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name!r} is no folder on this machine, and no 'user/name' id either; {_nearest(name)}")
     if name.startswith("vlahub/"):
-        raise catalog.UnknownId(f"no bundled policy is called {name!r}; {_nearest(name, bundled=True)}")
+        raise catalog.UnknownId(f"no bundled checkpoint is called {name!r}; {_nearest(name, bundled=True)}")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -90,7 +90,7 @@ def resolve(
 
 def _nearest(name: str, bundled: bool = False) -> str:
     """What may have been meant; where nothing is near, the way to the list instead of the list, which is long."""
-    known = [policy for policy, card in catalog.POLICIES.items() if card.folder or not bundled]
+    known = [name for name, card in {**catalog.POLICIES, **catalog.WEIGHTS}.items() if card.folder or not bundled]
     near = catalog.suggest(name, known)
     return near if near.startswith("did you mean") else "`vlahub list` shows the known ones" if known else "none is, in this version"
 

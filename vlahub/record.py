@@ -16,8 +16,8 @@ import json
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +25,17 @@ import numpy as np
 
 import vlahub
 from vlahub import catalog, evaluation
+from vlahub.catalog import EnvCard
 from vlahub.dataset import Dataset, DatasetWriter, convert_to_v30
 from vlahub.env import own
 from vlahub.evaluation import Episode, SettingsDiffer, agree, checked_chunk, episodes_of, lock, player_of
 from vlahub.interface import Fit, check
 from vlahub.observation import Observation, select, stack
+from vlahub.simulation import Expert, Outcomes
 from vlahub.vector import VectorEnv
 
 PURPOSE = (2,)  # spawn key of recorded episodes, apart from those of training (1), GRPO's starts (3) and evaluations (none)
+NOISE_STEPS = 10  # control steps for which one draw of action noise holds: noise that changes at every step is smoothed away by the robot's controller
 AHEAD = 2  # finished episodes that wait in memory for an earlier one, per environment, before no further ones begin
 
 
@@ -82,6 +85,7 @@ class Running:
     observations: list[Observation] = field(default_factory=list)  # what was seen before each step, and after the last
     actions: list[np.ndarray] = field(default_factory=list)  # chunks [n, D], as applied
     rewards: list[np.ndarray] = field(default_factory=list)
+    solved: list[np.ndarray] = field(default_factory=list)  # was the task solved after each step?
     aborted: str = ""
     success: bool = False
 
@@ -135,6 +139,8 @@ def record(
     version: Literal["v2.1", "v3.0"] = "v2.1",
     images: Literal["png", "jpeg", "video"] = "png",
     only_successes: bool = True,
+    noise: float = 0.0,
+    after: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -154,10 +160,14 @@ def record(
         version: of the LeRobot format. v3.0 is made at the end, of a v2.1 dataset in `OUT.recording`, which is then deleted.
         images: "png" (lossless), "jpeg" or "video".
         only_successes: leave out episodes that were not solved.
+        noise: standard deviation of Gaussian noise on every action, in action units; a new draw every ten control steps. What is recorded is what was applied.
+        after: control steps that an episode goes on for once it was solved, so that the solved state is seen too (world models and classifiers need it).
         execute, max_steps, timeout, env_options, policy_name, progress: as in `vlahub.evaluate`.
     """
     if isinstance(episodes, bool) or episodes < 1 or num_envs < 1 or seed < 0:
         raise ValueError(f"episodes and num_envs must be at least 1 and seed at least 0, not {episodes}, {num_envs} and {seed}")
+    if not 0 <= noise < np.inf or isinstance(after, bool) or after < 0:
+        raise ValueError(f"noise and after must be at least 0, not {noise} and {after}")
     if version not in ("v2.1", "v3.0"):
         raise ValueError(f"version must be 'v2.1' or 'v3.0', not {version!r}")
     if images not in ("png", "jpeg", "video"):
@@ -167,7 +177,7 @@ def record(
     training = [module for module in policy.modules() if module.training] if hasattr(policy, "modules") else []
     for module in training:  # dropout belongs to training
         module.training = False
-    venv = _vector_env(env, policy, min(num_envs, episodes), max_steps, timeout, env_options or {})
+    venv = _vector_env(env, policy, min(num_envs, episodes), max_steps, timeout, env_options or {}, after)
     try:
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
@@ -175,7 +185,7 @@ def record(
         settings = {
             "env": venv.card.id, "env_options": dict(env_options or {}), "assets": venv.assets, "max_steps": venv.max_steps, "policy": player.name,
             "weights": player.weights, "execute": player.execute, "seed": int(seed), "images": images, "only_successes": only_successes, "version": version,
-            "vlahub": vlahub.__version__,
+            "vlahub": vlahub.__version__, **({"noise": noise} if noise else {}), **({"after": after} if after else {}),
         }  # fmt: skip
         if version == "v3.0" and (out / "meta/info.json").exists():
             return _finished(out, settings, todo)
@@ -184,7 +194,7 @@ def record(
             writer = DatasetWriter(folder, venv.interface, venv.metadata["render_fps"], images, robot_type=venv.card.family)
             lines = journal.lines(len(writer))
             _refuse_extra(folder, lines, todo)
-            _run(venv, player, fit, todo, lines, writer, journal, only_successes, progress)
+            _run(venv, player, fit, todo, lines, writer, journal, only_successes, noise, progress)
         finally:
             journal.close()
     finally:
@@ -228,7 +238,7 @@ def _refuse_extra(folder: Path, lines: Sequence[Line], todo: Sequence[Episode]) 
         )
 
 
-def _vector_env(env: Any, policy: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any]) -> Any:
+def _vector_env(env: Any, policy: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any], after: int) -> Any:
     card = catalog.env_card(env) if isinstance(env, str) else env
     if policy == evaluation.EXPERT and not card.expert:
         raise ValueError(f"{card.id} has no scripted expert; record a policy instead")
@@ -236,11 +246,24 @@ def _vector_env(env: Any, policy: Any, num_envs: int, max_steps: int | None, tim
         raise ValueError(f"{card.id} runs as one batch and does not show every control step of a chunk, so it cannot be recorded")
     # The expert lives beside the simulation: nobody waits for anybody if each env is a slot of its own. A policy is asked for half of the envs at a time.
     slots = num_envs if policy == evaluation.EXPERT else min(2, num_envs)
+    if after:
+        lingering = {"card": card, "options": dict(env_options), "steps": after}
+        expert = "vlahub.record:lingering_expert" if card.expert else ""
+        card, env_options = replace(card, simulation="vlahub.record:Lingering", kwargs=lingering, expert=expert), {}
     return VectorEnv(card, num_envs, max_steps=max_steps, slots=slots, workers=num_envs, timeout=timeout, **env_options)
 
 
 def _run(
-    venv: Any, player: Any, fit: Fit, todo: Sequence[Episode], lines: list[Line], writer: DatasetWriter, journal: Journal, only: bool, progress: bool
+    venv: Any,
+    player: Any,
+    fit: Fit,
+    todo: Sequence[Episode],
+    lines: list[Line],
+    writer: DatasetWriter,
+    journal: Journal,
+    only: bool,
+    noise: float,
+    progress: bool,
 ) -> None:
     """Run what is not recorded yet. Each slot goes round fill, ask, receive; finished episodes are written in order."""
     done = {(line.task, line.trial) for line in lines}
@@ -277,7 +300,11 @@ def _run(
             chunks = [by_row.get(row) for row in rows]
         for row, chunk in zip(rows, chunks, strict=True):
             if row in running and chunk is not None:  # what is recorded is what is applied: within the bounds
-                running[row].actions.append(np.clip(np.asarray(chunk, np.float32), venv.single_action_space.low, venv.single_action_space.high))
+                one, chunk = running[row], np.asarray(chunk, np.float32)
+                if noise:
+                    chunk = chunk + noise * noise_of(one.episode.seed, range(one.steps, one.steps + len(chunk)), chunk.shape[1])
+                one.actions.append(np.clip(chunk, venv.single_action_space.low, venv.single_action_space.high))
+        chunks = [running[row].actions[-1] if row in running and chunk is not None else chunk for row, chunk in zip(rows, chunks, strict=True)]
         venv.send(chunks, slot=slot, look=True)
         return True
 
@@ -300,6 +327,8 @@ def _run(
             one.observations += result.info["observations"][i]
             one.actions[-1] = one.actions[-1][:length]
             one.rewards.append(result.reward[i, :length].copy())
+            ends_solved = np.arange(length) == length - 1 if result.info["success"][i] else np.zeros(length, bool)
+            one.solved.append(np.asarray(result.info["solved"][i][:length], bool) if "solved" in result.info else ends_solved)
             if result.done[i]:
                 one.success = bool(result.info["success"][i])
                 finished[place[one.episode.index]] = one
@@ -318,11 +347,8 @@ def _run(
             )  # fmt: skip
             journal.add(line)
             if keep:
-                solved = np.zeros(line.length, bool)
-                solved[-1] = one.success
-                writer.add_episode(
-                    one.observations[: line.length], np.concatenate(one.actions), {"next.success": solved, "next.reward": np.concatenate(one.rewards)}
-                )
+                outcome = {"next.success": np.concatenate(one.solved), "next.reward": np.concatenate(one.rewards)}
+                writer.add_episode(one.observations[: line.length], np.concatenate(one.actions), outcome)
             lines.append(line)
             if not line.success:
                 say(f"episode {episode.index} (task {episode.task}, trial {episode.trial}, seed {episode.seed}) {'is lost: ' + one.aborted if one.aborted else 'is not solved'}"
@@ -351,3 +377,49 @@ def _run(
             for slot in range(len(slots)):  # also those that waited for an earlier episode to be written
                 if slot not in under_way:
                     begin(slot)
+
+
+def noise_of(seed: int, steps: Sequence[int], size: int) -> np.ndarray:
+    """Standard Gaussian noise [len(steps), size] of an episode's control steps; the same however the steps are cut into chunks."""
+    draws = {block: np.random.default_rng([seed, block, 1]).standard_normal(size) for block in {step // NOISE_STEPS for step in steps}}
+    return np.stack([draws[step // NOISE_STEPS] for step in steps]).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ going on after success
+
+
+class Lingering:
+    """A simulation whose episodes end `steps` control steps after they were first solved. info["solved"] [n] says of each step whether the task is solved after it."""
+
+    def __init__(self, card: EnvCard, options: Mapping[str, Any], steps: int):
+        self.card, self.steps, self.inner = card, steps, catalog.make_simulation(card, **options)
+        self.interface, self.max_steps, self.assets = self.inner.interface, self.inner.max_steps, self.inner.assets
+        self.tasks, self.trials = self.inner.tasks, self.inner.trials
+        self.observe, self.render, self.close = self.inner.observe, self.inner.render, self.inner.close
+        self.left: int | None = None  # control steps to go; None until the task is solved
+
+    def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        self.left = None
+        return self.inner.reset(seed, options)
+
+    def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
+        parts: list[Outcomes] = []
+        over, count = False, 0
+        while count < len(actions) and not over:
+            part = self.inner.apply(actions[count:] if self.left is None else actions[count : count + self.left], watch)  # it stops where it is solved
+            ran = len(part.reward)
+            if self.left is not None:
+                self.left -= ran
+            elif part.success.any():
+                self.left = self.steps - (ran - 1 - int(part.success.argmax()))
+            lost = part.terminated is not None and bool(part.terminated.any()) and not part.success.any()
+            over, count = lost or (self.left is not None and self.left <= 0), count + ran
+            parts.append(part)
+        reward, success = (np.concatenate([getattr(part, name) for part in parts]) for name in ("reward", "success"))
+        terminated = np.zeros(len(reward), bool)
+        terminated[-1] = over
+        return Outcomes(reward, success, terminated, {**parts[-1].info, "solved": success})
+
+
+def lingering_expert(simulation: Lingering) -> Expert:
+    return catalog.make_expert(simulation.card, simulation.inner)

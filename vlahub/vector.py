@@ -41,7 +41,7 @@ from vlahub.catalog import EnvCard
 from vlahub.env import ChunkResult, checked_actions, checked_seed
 from vlahub.observation import Observation, space_of
 from vlahub.simulation import Simulation
-from vlahub.worker import Channel, Facts, Failure, Job, Layout, Reply, Setup
+from vlahub.worker import Channel, Facts, Failure, Job, Layout, Reply, Resident, Setup, places
 
 SLABS_PER_SLOT = 4  # one being written, one or two that the user holds, one to spare; untouched slabs cost no memory
 ATTEMPTS = 3  # failures of one env in a row, without a chunk that worked between them, after which the vector env gives up
@@ -167,6 +167,43 @@ class Worker:
         self.process = self.channel = self.facts = None
 
 
+class InProcess:
+    """A worker without a process: the simulations of `workers=0`, stepped where they are asked for. What `Worker` does, at once."""
+
+    def __init__(self, card: EnvCard, world: bytes, envs: range, num_envs: int, memory: int, timeout: float):
+        self.world, self.envs, self.num_envs, self.memory = world, envs, num_envs, memory
+        self.facts: Facts | None = None
+        self.residents: dict[int, Resident] = {}
+        self.slabs: dict[int, dict[int, dict[str, np.ndarray]]] = {}
+        self.replies: dict[int, Reply] = {}
+
+    def start(self) -> None:
+        card, options, max_steps = pickle.loads(self.world)
+        self.residents = {env: Resident(card, options, max_steps) for env in self.envs}
+        self.facts = Facts.of(self.residents[self.envs[0]].episode)
+
+    def ready(self) -> Facts:
+        return self.facts
+
+    def post(self, slab: int, jobs: Mapping[int, Job]) -> None:
+        if not self.residents:
+            self.start()
+        if slab not in self.slabs:
+            self.slabs[slab] = places(self.facts.interface, self.num_envs, mmap.mmap(self.memory, 0), slab, self.envs)
+        self.replies = {env: self.residents[env].do(job, self.slabs[slab][env]) for env, job in jobs.items()}
+
+    def answer(self, jobs: Mapping[int, Job]) -> dict[int, Reply]:
+        return self.replies
+
+    def hang_up(self) -> None:
+        pass
+
+    def kill(self, grace: float = 0.0) -> None:
+        for resident in self.residents.values():
+            resident.close()
+        self.residents = {}
+
+
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
     """The exit status, or None if the process has not ended by then."""
     try:
@@ -175,7 +212,7 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
         return None
 
 
-def shut_down(workers: Sequence[Worker], memory: int, owner: int) -> None:
+def shut_down(workers: Sequence[Worker | InProcess], memory: int, owner: int) -> None:
     """End all workers and free the shared memory's descriptor. Runs on close, on garbage collection and at the end of the program."""
     if os.getpid() != owner:  # a fork of the parent; the workers are not its own
         return
@@ -248,6 +285,12 @@ class BaseVectorEnv(gymnasium.vector.VectorEnv):
             raise gymnasium.error.AlreadyPendingCallError(f"{where}() while slot {busy[0]} is under way: call recv({busy[0]}) first", "send")
         return rows
 
+    def park(self) -> None:
+        """Leave the GPU's memory to others until `unpark`. Simulations in worker processes keep theirs; a family whose worlds are a model on the GPU moves it."""
+
+    def unpark(self) -> None:
+        """Be ready to run again."""
+
     def _checked_chunks(self, actions: Any, rows: range, where: str) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """Actions as `step_chunk` takes them -> per row a chunk [n, D] within bounds, and how many numbers were clipped."""
         if not self._started:
@@ -301,7 +344,8 @@ class VectorEnv(BaseVectorEnv):
         render_mode: None or "rgb_array" (what `render` returns).
         max_steps: control steps per episode; the simulation's own limit by default.
         workers: processes; at most one per env. By default as many as there are cores, for every slot. A worker with several envs steps them in turn, and
-            if it is lost, so are all its episodes: give `workers=num_envs` to simulations that are likely to crash.
+            if it is lost, so are all its episodes: give `workers=num_envs` to simulations that are likely to crash. 0 steps all envs in the calling
+            process, the default for cards that say `cheap`: a step of microseconds is not worth a message, but a crash or a hang is then the caller's.
         slots: equal parts that `send` and `recv` treat apart; 2 lets a policy infer on one half while the other half simulates.
         timeout: seconds that a worker may take to reset or run one env; after that it counts as hung and is replaced. Building takes longer and has ten
             minutes.
@@ -330,20 +374,24 @@ class VectorEnv(BaseVectorEnv):
             )
         self.card = catalog.env_card(card) if isinstance(card, str) else card
         self._set_up(num_envs, slots, render_mode, autoreset_mode)
-        if workers is not None:
+        if workers is None and self.card.cheap:
+            workers = 0
+        if workers:
             _whole("workers", workers)
-        if workers is not None and workers < slots:
+        if workers and workers < slots:
             raise ValueError(f"workers={workers} is too few for slots={slots}: a worker serves one slot")
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        shares = [len(part) for part in np.array_split(range(workers or _cores() * slots), slots)]  # workers of each slot
+        count = slots if workers == 0 else workers or _cores() * slots
+        shares = [len(part) for part in np.array_split(range(count), slots)]  # workers of each slot
         groups = [np.array_split(rows, min(share, len(rows))) for rows, share in zip(self._slots, shares, strict=True)]
         world = pickle.dumps((self.card, options, max_steps))
         if b"__main__" in world and worker.main_module() is None:
             raise ValueError(f"{self.card.id} is defined in a notebook or an interactive session: put it into a .py file that worker processes can import")
         memory = _anonymous_file()
+        kind = InProcess if workers == 0 else Worker
         self._workers = [
-            Worker(self.card, world, range(part[0], part[-1] + 1), self.num_envs, memory, float(timeout)) for group in groups for part in map(list, group)
+            kind(self.card, world, range(part[0], part[-1] + 1), self.num_envs, memory, float(timeout)) for group in groups for part in map(list, group)
         ]
         self._finalizer = weakref.finalize(self, shut_down, self._workers, memory, os.getpid())
         try:

@@ -87,6 +87,11 @@ class Facts:
     trials: int | None
     assets: str
 
+    @classmethod
+    def of(cls, episode: Episode) -> Facts:
+        world = episode.simulation
+        return cls(world.interface, episode.max_steps, world.tasks, world.trials, world.assets)
+
 
 class Job(NamedTuple):
     """One request to one env."""
@@ -170,6 +175,13 @@ class Layout:
         return {key: np.frombuffer(buffer, dtype, count, start + offset).reshape(shape) for key, dtype, shape, count, offset in self.blocks}
 
 
+def places(interface: Interface, num_envs: int, memory: mmap.mmap, slab: int, envs: range) -> dict[int, dict[str, np.ndarray]]:
+    """env -> key -> its place in a slab of the shared memory."""
+    layout = Layout(interface, num_envs)
+    arrays = layout.arrays(memory, slab * layout.size)
+    return {env: {key: array[env] for key, array in arrays.items()} for env in envs}
+
+
 class Resident:
     """One env of the worker: a simulation, its episode and its expert."""
 
@@ -232,7 +244,9 @@ class Resident:
             info["frames"] = frames
         if job.look:
             info["observations"] = observations[:length]
-        self._look()
+            self.seen = observations[-1]  # of the present moment; looking again would draw it twice
+        else:
+            self._look()
         final = None
         if self.episode.done and job.next_seed is not None:
             final = ({key: value if isinstance(value, str) else np.array(value) for key, value in self.seen.items()}, info)
@@ -302,9 +316,7 @@ def _build(setup: Setup, residents: dict[int, Resident], parent: Channel) -> boo
         card, options, max_steps = pickle.loads(setup.world)
         for env in setup.envs:
             residents[env] = Resident(card, options, max_steps)
-        episode = residents[setup.envs[0]].episode
-        world = episode.simulation
-        facts = Facts(world.interface, episode.max_steps, world.tasks, world.trials, world.assets)
+        facts = Facts.of(residents[setup.envs[0]].episode)
     except (Exception, SystemExit) as error:
         parent.send(Failure.of(error))
         return False
@@ -313,7 +325,7 @@ def _build(setup: Setup, residents: dict[int, Resident], parent: Channel) -> boo
 
 
 def _work(setup: Setup, residents: Mapping[int, Resident], parent: Channel) -> None:
-    layout = Layout(residents[setup.envs[0]].simulation.interface, setup.num_envs)
+    interface = residents[setup.envs[0]].simulation.interface
     memory: mmap.mmap | None = None
     slabs: dict[int, dict[int, dict[str, np.ndarray]]] = {}  # slab -> env -> key -> its place
     while True:
@@ -321,8 +333,7 @@ def _work(setup: Setup, residents: Mapping[int, Resident], parent: Channel) -> N
         if memory is None:
             memory = mmap.mmap(setup.memory, 0)  # 0: all of it
         if slab not in slabs:
-            arrays = layout.arrays(memory, slab * layout.size)
-            slabs[slab] = {env: {key: array[env] for key, array in arrays.items()} for env in setup.envs}
+            slabs[slab] = places(interface, setup.num_envs, memory, slab, setup.envs)
         parent.send({env: residents[env].do(job, slabs[slab][env]) for env, job in jobs.items()})
 
 

@@ -30,12 +30,13 @@ from torch import nn
 from vlahub import hub
 from vlahub.catalog import suggest
 from vlahub.distributed import is_sharded
-from vlahub.interface import Camera, Field, Interface
+from vlahub.interface import Field, Interface
 from vlahub.observation import Observation, to_torch, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace
 from vlahub_policies.openvla_oft_folders import Published, choose_statistics, read_tokenizer
 from vlahub_policies.parts import lora, resize, robots
 from vlahub_policies.parts.capture import Captured
+from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.jpeg import jpeg_round_trip
 from vlahub_policies.parts.llama import Llama, LlamaConfig, call
 from vlahub_policies.parts.randomness import fresh_seeds, uniform
@@ -118,42 +119,27 @@ def _bounds_of_fields(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, Any]
     return statistics
 
 
-LIBERO_TWO_CAMERAS = dataclasses.replace(robots.LIBERO, optional_cameras=())
-LIBERO = dataclasses.replace(LIBERO_TWO_CAMERAS, wrists=(), state=())
-ROBOTWIN_STATE = dataclasses.replace(robots.ROBOTWIN, wrists=())
-ROBOTWIN = dataclasses.replace(ROBOTWIN_STATE, state=())
-BRIDGE = Interface(
-    main=Camera("3rd_view_camera"),
-    state=(),
-    action=(
-        Field("position", 3, "m", reference="delta", frame="robot_base"),
-        Field("rotation", 3, "rad", reference="delta", rotation="euler_xyz", frame="robot_base"),
-        Field("gripper", 1, "1", low=-1, high=1, open=1, closed=-1),
-    ),
-    control_hz=5,
-)
-
 _ROBOTWIN_ENTRIES = dict(horizon=25, execute=25, images="robotwin", bounds="minmax", binary_gripper=False, max_prompt=512)
 
 # What a published folder leaves open, per way of training: (what it is, entries of the config). from_pretrained's options override any entry.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "libero_l1": (
         "moojink's LIBERO checkpoints: two cameras, state, regression head",
-        dict(interface=LIBERO_TWO_CAMERAS, head="l1", proprio=True, images="moojink"),
+        dict(interface=robots.LIBERO_TWO_CAMERAS, head="l1", proprio=True, images="moojink"),
     ),
     "libero_tokens": (
         "LIBERO with discrete actions and one camera by moojink's script, evaluated as it does (JPEG, Lanczos, centre crop, </s>)",
-        dict(interface=LIBERO, whole_vocabulary=True, images="moojink"),
+        dict(interface=robots.LIBERO_ONE_CAMERA, whole_vocabulary=True, images="moojink"),
     ),
-    "libero_rlinf": ("RLinf's LIBERO checkpoints: discrete actions, one camera, no crop, no </s>", dict(interface=LIBERO, end_token=False)),
+    "libero_rlinf": ("RLinf's LIBERO checkpoints: discrete actions, one camera, no crop, no </s>", dict(interface=robots.LIBERO_ONE_CAMERA, end_token=False)),
     "robotwin_rlinf": (
         "RLinf's RoboTwin checkpoints: discrete actions, absolute joints of two arms, head camera",
-        dict(interface=ROBOTWIN, **_ROBOTWIN_ENTRIES),
+        dict(interface=robots.ROBOTWIN_HEAD, **_ROBOTWIN_ENTRIES),
     ),
-    "robotwin_rlinf_state": ("the same with the joint state as a token", dict(interface=ROBOTWIN_STATE, proprio=True, **_ROBOTWIN_ENTRIES)),
+    "robotwin_rlinf_state": ("the same with the joint state as a token", dict(interface=robots.ROBOTWIN_HEAD_STATE, proprio=True, **_ROBOTWIN_ENTRIES)),
     "bridge_rlinf": (
         "RLinf's ManiSkill checkpoints: discrete actions of a WidowX arm on the Bridge table",
-        dict(interface=BRIDGE, end_token=False, temperature=1.0),
+        dict(interface=robots.BRIDGE, end_token=False, temperature=1.0),
     ),
 }
 
@@ -429,11 +415,7 @@ class OpenVLAOFT(Policy):
         """
         config, weights = read_published(folder, recipe, base, unnorm_key, options)
         tokenizer = read_tokenizer(folder if (folder / "tokenizer.json").exists() else weights.root)
-        with torch.device("meta"):
-            policy = cls(config, tokenizer)
-        policy.cast(dtype or torch.bfloat16)
-        hub.load_tensors(policy, weights, may_miss=cls.fresh, may_ignore=unused(config), device=device, source=str(folder))
-        return policy.to(device)  # what the checkpoint lacked
+        return filled(cls, config, tokenizer, weights, device, dtype or torch.bfloat16, may_ignore=unused(config), source=str(folder))
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Weights to `dtype`; adapters stay float32, where an optimizer's small steps survive."""

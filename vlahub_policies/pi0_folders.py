@@ -24,6 +24,7 @@ import torch
 from vlahub import catalog, hub
 from vlahub.hub import CheckpointError
 from vlahub_policies.parts import robots, text
+from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.gemma import GemmaConfig, SiglipConfig
 from vlahub_policies.parts.normalize import Moments, Statistics
 from vlahub_policies.pi0 import EMBEDDING, EMBEDDING_ALIAS, Pi0Policy
@@ -94,26 +95,24 @@ def load(
     _check_widths(folder, made)
 
     tokens = text.find(folder, tokenizer, fits=made.vocab_size)
-    with torch.device("meta"):
-        policy = kind(made, tokens)
-    policy.cast(dtype or torch.bfloat16)
     # repaired files hold the tied embedding under both of its names
     drop = (
         [name for name in weights if name.removeprefix("model.") == EMBEDDING_ALIAS]
         if any(name.removeprefix("model.") == EMBEDDING for name in weights)
         else []
     )
-    hub.load_tensors(
-        policy,
+    return filled(
+        kind,
+        made,
+        tokens,
         weights,
+        device,
+        dtype or torch.bfloat16,
         rename=lambda name: None if name in drop else kind.rename(name),
-        may_miss=kind.fresh,
         # a critic or noise head of an RL run, when the policy is loaded without it
         may_ignore=("value_head.*", "noise_head.*", "model.value_head.*", "model.noise_head.*"),
-        device=device,
         source=str(folder),
     )
-    return policy.to(device)
 
 
 def entries_of(config: Mapping[str, Any], robot: str, pi05: bool) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def schedule(golden: Golden) -> Iterable[Check]:
     yield near("sqrt_one_minus_alphas_cumprod", np.sqrt(1 - mine.alphas_cumprod))
     yield near("scale_arr", mine.scale)
     for count in sorted({int(name.rpartition("_")[2]) for name in golden.tensors if name.startswith("out.timesteps_")}):
-        steps = mine.ddim(count)
+        steps = mine.steps(count)
         for name in ("timesteps", "alphas", "alphas_prev", "sigmas", "scale", "scale_prev"):
             yield near(f"{name}_{count}", getattr(steps, name))
 
@@ -141,7 +141,7 @@ def ddim(golden: Golden) -> Iterable[Check]:
         states, cleans = [], []
         result = sample(
             predict,
-            table.ddim(config["steps"], eta),
+            table.steps(config["steps"], eta),
             given["noise"],
             given["step_noise"][:, :, :, memory:],
             lambda x, z, s=states, c=cleans: (s.append(x), c.append(z)),
@@ -444,7 +444,7 @@ def rollout_agibot(golden: Golden) -> Iterable[Check]:
         poses,
         conditioning.scaled_intrinsic(given["intrinsic"].numpy(), frame.shape[:2], size),
         given["c2w"].numpy(),
-        model.schedule.ddim(config["ddim_steps"], config["eta"]),
+        model.schedule.steps(config["ddim_steps"], config["eta"]),
         lambda k: (given["noise"][k], None),
         guidance=config["guidance"],
         strict_upstream_quirks=True,

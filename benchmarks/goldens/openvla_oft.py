@@ -14,7 +14,7 @@ from vlahub import hub
 from vlahub.interface import Camera, Field, Interface
 from vlahub_policies import openvla_oft as oft
 from vlahub_policies import openvla_oft_folders as folders
-from vlahub_policies.parts import resize
+from vlahub_policies.parts import resize, robots
 from vlahub_policies.parts.jpeg import jpeg_round_trip
 from vlahub_policies.parts.llama import LlamaConfig
 from vlahub_policies.parts.vit import VitConfig
@@ -291,14 +291,14 @@ def action_codec(golden: Golden) -> Iterator[Check]:
     t, record = golden.tensors, golden.meta["config"]
     statistics = record["norm_stats"][record["unnorm_key"]]
     first = record["vocab_size"] - oft.BINS
-    policy = bare(oft.OpenVLAOFTConfig(interface=oft.LIBERO_TWO_CAMERAS, statistics=statistics, vocab_size=record["vocab_size"]))
+    policy = bare(oft.OpenVLAOFTConfig(interface=robots.LIBERO_TWO_CAMERAS, statistics=statistics, vocab_size=record["vocab_size"]))
     yield from check(golden, "token_ids_of_actions", oft.actions_to_bins(t["in.actions_in_pm1"]) + first, 0)
     yield from check(golden, "values_of_token_ids", oft.bins_to_actions(t["in.token_ids"] - first), 1e-12)
     yield from check(golden, "unnormalized_actions", policy.unnormalised(t["in.normalized_actions"]), 1e-12)
     yield from check(golden, "normalized_state", policy.normalised(t["in.state"], "proprio"), 1e-12)
     # the gripper rule alone: un-normalised actions come back unchanged from normalising only inside the bounds, so scale with the identity
     identity = {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [False] * 7}}
-    plain = bare(oft.OpenVLAOFTConfig(interface=oft.LIBERO, statistics=identity))
+    plain = bare(oft.OpenVLAOFTConfig(interface=robots.LIBERO_ONE_CAMERA, statistics=identity))
     yield from check(golden, "libero_actions", plain.to_env(t["in.env_actions_in"]), 1e-6)
 
 
@@ -323,7 +323,7 @@ def prompts(golden: Golden) -> Iterator[Check]:
 
 def full_size() -> oft.OpenVLAOFT:
     statistics = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}, "proprio": {"q01": [-1.0] * 8, "q99": [1.0] * 8}}
-    entries = dict(interface=oft.LIBERO_TWO_CAMERAS, head="l1", proprio=True, value_head=True, value_level="action")
+    entries = dict(interface=robots.LIBERO_TWO_CAMERAS, head="l1", proprio=True, value_head=True, value_level="action")
     return bare(oft.OpenVLAOFTConfig(statistics=statistics, **entries))
 
 

@@ -198,7 +198,7 @@ def test_learns_to_reach(tmp_path, head):
     """From chance to reaching the target most of the time, with every kind of head."""
     run = script(
         tmp_path, name=head, env_id="test/PointTold", policy=f"tiny:test-mlp-{head}", num_envs=16, num_chunks=16, num_minibatches=4, total_iterations=40, update_epochs=6, learning_rate=3e-3,
-        value_learning_rate=2e-3, target_kl=0.0, save_every=0, eval_every=40, eval_episodes=60, max_steps=12,
+        value_learning_rate=2e-3, target_kl=0.0, save_every=0, eval_every=40, eval_episodes=60, max_steps=12, workers=0,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     first, last = (json.loads((tmp_path / head / "eval" / number / "results.json").read_text())["success_rate"] for number in ("000000", "000040"))

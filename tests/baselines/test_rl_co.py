@@ -12,7 +12,7 @@ from tests.worlds import PointWorld
 from vlahub.distributed import Ranks
 from vlahub.tracking import line
 
-SMALL = {"env_id": "test/PointTold", "policy": "tiny:test-mlp-flow", "num_envs": 2, "num_chunks": 4, "num_minibatches": 2, "eval_every": 0, "workers": 2}
+SMALL = {"env_id": "test/PointTold", "policy": "tiny:test-mlp-flow", "num_envs": 2, "num_chunks": 4, "num_minibatches": 2, "eval_every": 0}
 LOSSES = ("train/ppo_loss", "train/sft_loss", "actor/total_loss", "train/loss_ratio", "train/actor/grad_norm")
 PPO = ("train/actor/policy_loss", "train/critic/value_loss", "train/actor/grad_norm", "train/actor/approx_kl")
 
@@ -40,7 +40,7 @@ def test_without_real_data_it_is_ppo_to_the_digit(tmp_path):
 
 def test_two_ranks_see_what_one_sees_and_the_losses_add_up(real, tmp_path):
     one = script("rl_co", tmp_path, name="one", total_iterations=2, real_dataset=real, sft_batch_size=6)
-    two = script("rl_co", tmp_path, "--nproc-per-node=2", name="two", total_iterations=2, real_dataset=real, sft_batch_size=6, workers=1)
+    two = script("rl_co", tmp_path, "--nproc-per-node=2", name="two", total_iterations=2, real_dataset=real, sft_batch_size=6)
     assert "4 decisions x 6 frames / (4 per micro-batch x 1 ranks) = 6 real frames per optimizer step" in one.stdout
     assert "6 real frames, 3 on each of 2 ranks" in two.stdout
     one, two = (curves(tmp_path / name, *LOSSES) for name in ("one", "two"))

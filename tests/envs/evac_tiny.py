@@ -7,6 +7,7 @@ from vlahub_envs.evac.autoencoder import AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig
 from vlahub_envs.evac.resampler import ResamplerConfig
+from vlahub_envs.evac.simulation import alone
 from vlahub_envs.evac.start_states import StartState, StartStates
 from vlahub_envs.evac.unet import UNetConfig
 
@@ -57,3 +58,9 @@ def starts(tasks: int = 2, trials: int = 3) -> StartStates:
             for trial in range(trials)
         ]
     )
+
+
+def simulator(camera_size: tuple[int, int], wrist: bool):
+    """A simulation with LIBERO's interface and options, to take start states from."""
+    assert camera_size == (SIZE, SIZE) and not wrist
+    return alone(tiny(), starts())

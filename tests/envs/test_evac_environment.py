@@ -4,6 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, starts, tiny
 from tests.worlds import PointWorld
@@ -62,6 +63,21 @@ def test_observations_keep_the_contract_and_show_the_start():
     env.close()
     with pytest.raises(gymnasium.error.ClosedEnvironmentError):
         env.reset()
+
+
+def test_a_parked_world_model_goes_on_as_it_was():
+    pictures = []
+    for parks in (False, True):
+        env = make(1)
+        env.reset(seed=0)
+        env.step_chunk(actions(1))
+        if parks:
+            env.park()
+            assert env.imagination.model.accelerated is None
+            env.unpark()
+        pictures.append(env.step_chunk(actions(1, seed=1)).observation["main_images"])
+        env.close()
+    np.testing.assert_array_equal(*pictures)
 
 
 def test_states_are_the_poses_that_the_converter_has_reached():
@@ -166,6 +182,56 @@ def test_finished_worlds_leave_the_batch_until_they_are_reset():
     assert batches == [1] and result.length.tolist() == [0, 1, 0]
     with pytest.raises(gymnasium.error.ResetNeeded, match=r"\[0, 1, 2\] are over"):
         env.step(actions(3)[:, 0])
+
+
+def test_autoreset_in_the_next_step():
+    env = make(2, success=9.0, autoreset_mode="NextStep")
+    env.reset(seed=0)
+    _, reward, terminated, *_ = env.step(actions(2)[:, 0])
+    assert reward.tolist() == [1, 1] and terminated.all()
+    observation, reward, terminated, _, info = env.step(actions(2)[:, 0])  # the actions are ignored
+    assert reward.tolist() == [0, 0] and not terminated.any() and (info["seed"] != [0, 1]).all()
+    again, _ = env.reset(seed=info["seed"].tolist())
+    np.testing.assert_array_equal(observation["main_images"], again["main_images"])
+
+
+def test_autoreset_in_the_same_step():
+    env = make(2, success=9.0, autoreset_mode="SameStep")
+    env.reset(seed=0)
+    result = env.step_chunk([actions(1)[0], None])
+    assert result.terminated[:, 0].tolist() == [True, False] and result.length.tolist() == [1, 0]
+    assert result.info["_final_obs"].tolist() == [True, False] and result.info["final_info"]["success"][0]
+    again, _ = env.reset(seed=[int(result.info["seed"][0]), 1])
+    np.testing.assert_array_equal(result.observation["main_images"], again["main_images"])
+    assert (result.info["final_obs"][0]["main_images"] != again["main_images"][0]).any()
+
+
+def test_an_id_runs_with_the_users_weights(tmp_path):
+    """gym.make and gym.make_vec of a registered id; start states lie beside the weights."""
+    tiny(success=-9.0).save_pretrained(tmp_path)
+    start_states.write(STARTS, tmp_path / start_states.FILE)
+    options = {"model": str(tmp_path), "denoising_steps": 1}
+    env = gymnasium.make("vlahub/EVAC-LIBERO-10", **options)
+    check_env(env, skip_render_check=True)
+    many = gymnasium.make_vec("vlahub/EVAC-LIBERO-10", num_envs=2, **options)
+    one, (two, info) = env.reset(seed=4)[0], many.reset(seed=4)
+    np.testing.assert_array_equal(one["main_images"], two["main_images"][0])
+    assert type(many) is EvacVectorEnv and info["trial"].shape == (2,)
+    with pytest.raises(TypeError, match="has no option 'suite'"):
+        gymnasium.make("vlahub/EVAC-LIBERO-10", suite="libero_goal", **options)
+
+
+def test_starts_come_from_a_simulator(monkeypatch):
+    """A seed, a task and a trial start the simulator's own episode."""
+    real = alone(tiny(), STARTS)
+    monkeypatch.setitem(catalog.ENVS, "test/Real", EnvCard("test/Real", "test", "tests.envs.evac_tiny:simulator", ""))
+    env = EvacVectorEnv(num_envs=3, model=tiny(success=-9.0), starts="test/Real", denoising_steps=1)
+    observation, info = env.reset(seed=[3, 3, 5], options={"task": [None, None, 1], "trial": [None, None, 2]})
+    wanted = real.reset(3, {})
+    assert info["task"].tolist() == [wanted["task"], wanted["task"], 1] and info["trial"].tolist() == [wanted["trial"], wanted["trial"], 2]
+    np.testing.assert_array_equal(observation["main_images"][1], real.observe()["main_images"])
+    np.testing.assert_allclose(observation["states"][1], real.observe()["states"], atol=1e-6)
+    assert env.worlds[0].start is env.worlds[1].start and (env.tasks, env.trials) == (2, 3)
 
 
 def test_the_time_limit_cuts_a_chunk():
@@ -315,8 +381,8 @@ def test_a_start_by_hand():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="needs a world model"):
         EvacVectorEnv(num_envs=2)
-    with pytest.raises(ValueError, match="must be DISABLED"):
-        make(autoreset_mode="NextStep")
+    with pytest.raises(ValueError, match="of libero_goal, and none ships: give model="):
+        gymnasium.make("vlahub/EVAC-LIBERO-Goal")
     with pytest.raises(ValueError, match="threshold must lie between 0 and 1"):
         make(threshold=1.0)
     bare = tiny()

@@ -8,6 +8,7 @@ import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, tiny
 from vlahub_envs.evac import checkpoint
+from vlahub_envs.evac.acceleration import Inputs, denoise, lay_out, size_for
 from vlahub_envs.evac.clip import clip_pixels
 from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
@@ -46,7 +47,7 @@ def test_full_size_models_have_the_published_parameter_counts():
 
 
 def test_a_world_is_imagined_the_same_in_any_batch():
-    model, steps = tiny(), Schedule(ScheduleConfig()).ddim(3, eta=1.0)
+    model, steps = tiny(), Schedule(ScheduleConfig()).steps(3, eta=1.0)
     made = conditions(model, 3)
     noise, later = torch.randn(3, 4, CHUNK, *CONFIG.latent_size), torch.randn(3, 3, 4, CHUNK, *CONFIG.latent_size)
     together = model.imagine(made, steps, noise, later)
@@ -131,10 +132,10 @@ def test_the_schedule_ends_in_pure_noise():
     schedule = Schedule(ScheduleConfig())
     assert schedule.alphas_cumprod[-1] == 0
     np.testing.assert_allclose(schedule.alphas_cumprod[[0, 500, 998]], [0.99915, 0.24102, 1.97e-7], rtol=2e-3)
-    assert schedule.ddim(50).timesteps.tolist() == list(range(19, 1000, 20))
-    assert schedule.ddim(27).timesteps[[0, 1, -1]].tolist() == [36, 73, 999]
+    assert schedule.steps(50).timesteps.tolist() == list(range(19, 1000, 20))
+    assert schedule.steps(27).timesteps[[0, 1, -1]].tolist() == [36, 73, 999]
     with pytest.raises(ValueError, match="from 1 to 1000, not 0"):
-        schedule.ddim(0)
+        schedule.steps(0)
 
 
 def oracle(schedule: Schedule, latents: torch.Tensor):
@@ -148,25 +149,47 @@ def oracle(schedule: Schedule, latents: torch.Tensor):
     return predict
 
 
-@pytest.mark.parametrize(("count", "eta"), [(1, 0.0), (5, 0.0), (20, 1.0), (25, 1.0), (50, 1.0)])
-def test_a_perfect_network_is_sampled_exactly(count, eta):
+@pytest.mark.parametrize(
+    ("count", "eta", "solver"), [(1, 0.0, "ddim"), (5, 0.0, "ddim"), (20, 1.0, "ddim"), (25, 1.0, "ddim"), (50, 1.0, "ddim"), (1, 0.0, "dpm"), (8, 0.0, "dpm")]
+)
+def test_a_perfect_network_is_sampled_exactly(count, eta, solver):
     schedule, latents = Schedule(ScheduleConfig()), torch.randn(2, 4, 3, 2, 2)
     noise, later = torch.randn(latents.shape), torch.randn(count, *latents.shape)
-    found = sample(oracle(schedule, latents), schedule.ddim(count, eta, clean_end=True), noise, later)
+    found = sample(oracle(schedule, latents), schedule.steps(count, eta, True, solver), noise, later)
     torch.testing.assert_close(found, latents, atol=2e-5, rtol=1e-4)
+
+
+def test_the_second_order_solver_needs_fewer_steps():
+    """Latents that are standard Gaussian: the best prediction is known, and the exact way from noise to latents changes nothing."""
+    schedule, noise = Schedule(ScheduleConfig()), torch.ones(1, 1, 1, 1, 1)
+
+    def predict(x: torch.Tensor, step: int) -> torch.Tensor:
+        abar, scale = float(schedule.alphas_cumprod[step]), float(schedule.scale[step])
+        signal, sigma = abar**0.5 * scale, (1 - abar) ** 0.5
+        latents = signal / (signal**2 + sigma**2) * x
+        return schedule.noised(latents, (x - signal * latents) / sigma, torch.full((1,), step))[1]
+
+    def error(steps: int, solver: str) -> float:
+        return abs(float(sample(predict, schedule.steps(steps, 0.0, True, solver), noise)) - 1)
+
+    assert error(10, "dpm") < 0.5 * error(10, "ddim") and error(40, "dpm") < 0.25 * error(10, "dpm")
+    with pytest.raises(ValueError, match="be 0 with the solver 'dpm'"):
+        schedule.steps(10, 1.0, True, "dpm")
+    with pytest.raises(ValueError, match="solver must be one of ddim, dpm"):
+        schedule.steps(10, 0.0, True, "euler")
 
 
 @pytest.mark.parametrize(("count", "shrink"), [(50, 0.986), (27, 0.973), (10, 0.926), (5, 0.85)])
 def test_the_published_ending_shrinks_the_result(count, shrink):
     schedule, latents = Schedule(ScheduleConfig()), torch.randn(1, 4, 3, 8, 8)
-    found = sample(oracle(schedule, latents), schedule.ddim(count, 0.0), torch.randn_like(latents))
+    found = sample(oracle(schedule, latents), schedule.steps(count, 0.0), torch.randn_like(latents))
     assert float((found * latents).sum() / (latents * latents).sum()) == pytest.approx(shrink, abs=0.01)
 
 
 def test_noise_must_be_given_where_it_is_needed():
     schedule = Schedule(ScheduleConfig())
     with pytest.raises(ValueError, match="step_noise"):
-        sample(lambda x, t: x, schedule.ddim(4, 1.0), torch.zeros(1, 4, 1, 1, 1))
+        sample(lambda x, t: x, schedule.steps(4, 1.0), torch.zeros(1, 4, 1, 1, 1))
 
 
 def test_guidance_of_one_changes_nothing_but_the_scale():
@@ -189,3 +212,43 @@ def test_norms_are_exact_where_a_picture_is_flat(side):
     finally:
         torch.set_num_threads(before)
     assert error < 5e-3  # mean / std is 1e4, so rounding alone gives 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ acceleration
+
+
+def test_padded_batches_give_the_same_answer():
+    """What a CUDA graph of a larger batch is given: the last world repeated."""
+    model = tiny()
+    made = conditions(model, 3)
+    x = torch.randn(3, 4, CHUNK, *CONFIG.latent_size)
+    wanted = model.network(made, MEMORY)(x, 500)
+    context = model.unet.read_context(made.tokens)
+    given = Inputs(made.latent[:, :, :MEMORY], made.channels(), context, torch.full((3,), CONFIG.fps), torch.full((3,), CONFIG.domain))
+    found = denoise(model.unet, given.padded(4), torch.cat([x, x[-1:]]), torch.full((4,), 500))
+    torch.testing.assert_close(found[:3], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[3], wanted[2], atol=1e-5, rtol=1e-5)
+
+
+def test_graphs_are_made_for_few_batch_sizes():
+    sizes = [size_for(batch) for batch in range(1, 65)]
+    assert all(size >= batch and size <= 1.5 * batch for batch, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+
+
+def test_acceleration_needs_a_gpu_and_a_name():
+    with pytest.raises(ValueError, match="'graph' needs a GPU; this world model lies on the cpu"):
+        tiny().accelerate("graph")
+    with pytest.raises(ValueError, match="must be one of off, graph, compile"):
+        tiny().accelerate("fast")
+
+
+def test_the_layout_of_the_weights_changes_nothing():
+    model = tiny()
+    made, x = conditions(model, 1), torch.randn(1, 4, CHUNK, *CONFIG.latent_size)
+    wanted = model.network(made, MEMORY)(x, 500), model.decode(x)
+    lay_out(model.unet)
+    lay_out(model.first_stage_model)
+    assert model.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip((model.network(made, MEMORY)(x, 500), model.decode(x)), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -67,8 +67,8 @@ def computed(model: WorldModel) -> dict[str, list[float]]:
     made = model.conditions(memory, maps, waves(2, CHUNK, 14), tokens, model.camera_rays())
     noise = waves(2, 4, CHUNK, *CONFIG.latent_size)
     v = model.network(made, CONFIG.memory)(noise, 600)
-    imagined = model.imagine(made, model.schedule.ddim(2, eta=0.0), noise)
-    guided = model.imagine(made, model.schedule.ddim(2, eta=0.0), noise, guidance=3.0)
+    imagined = model.imagine(made, model.schedule.steps(2, eta=0.0), noise)
+    guided = model.imagine(made, model.schedule.steps(2, eta=0.0), noise, guidance=3.0)
     frames = model.decode(imagined)
     poses = model.action_predictor.chain(waves(2, CHUNK, 7), waves(2, 8))
     return {

@@ -17,7 +17,7 @@ from vlahub.hub import CheckpointError
 from vlahub.interface import Camera, Field, Interface
 from vlahub_policies import openvla_oft as oft
 from vlahub_policies.openvla_oft import OpenVLAOFT
-from vlahub_policies.parts import lora
+from vlahub_policies.parts import lora, robots
 from vlahub_policies.parts.jpeg import jpeg_round_trip
 from vlahub_policies.parts.resize import bicubic, centre_crop, lanczos
 
@@ -35,7 +35,7 @@ def observation(interface: Interface, batch: int = 3, size: int = 40) -> dict:
     return {**out, "states": rng.normal(size=(batch, 8)).astype(np.float32), "task_descriptions": TASKS[:batch]}
 
 
-def tiny(interface: Interface = oft.LIBERO_TWO_CAMERAS, **options) -> OpenVLAOFT:
+def tiny(interface: Interface = robots.LIBERO_TWO_CAMERAS, **options) -> OpenVLAOFT:
     torch.manual_seed(0)
     return OpenVLAOFT.tiny(interface, **{"horizon": 3, "execute": 2, "bounds": "q99", **options})
 
@@ -124,7 +124,7 @@ def test_bins_follow_the_published_codec():
 
 def test_libero_gripper_is_binary_and_turned():
     statistics = {"action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 6 + [1.0], "mask": [True] * 6 + [False]}}
-    policy = tiny(oft.LIBERO, statistics=statistics, binary_gripper=True)
+    policy = tiny(robots.LIBERO_ONE_CAMERA, statistics=statistics, binary_gripper=True)
     raw = torch.zeros(1, 3, 7)
     raw[0, :, 6] = torch.tensor([0.9, 0.1, 0.5])  # open, closed, undecided in the data's terms
     assert policy.to_env(raw)[0, :, 6].tolist() == [-1, 1, 0]
@@ -132,7 +132,7 @@ def test_libero_gripper_is_binary_and_turned():
     assert back[0, :, 6].tolist() == [1, 0, 0]
     assert back[0, 2, 0] == 1  # outside the statistics: cut
     # a gripper that is scaled like a joint stays as it is
-    scaled = tiny(oft.ROBOTWIN, statistics={"action": {"min": [0.0] * 14, "max": [1.0] * 14}}, bounds="minmax", horizon=1, execute=1)
+    scaled = tiny(robots.ROBOTWIN_HEAD, statistics={"action": {"min": [0.0] * 14, "max": [1.0] * 14}}, bounds="minmax", horizon=1, execute=1)
     assert scaled.to_env(torch.full((1, 3, 14), 0.5))[0, 0, 6] == pytest.approx(0.75)
 
 
@@ -176,7 +176,7 @@ def test_a_foreign_tokenizer_is_refused():
 
 
 @pytest.mark.parametrize("value_level", ["chunk", "action"])
-@pytest.mark.parametrize("interface", [oft.LIBERO_TWO_CAMERAS, oft.LIBERO])
+@pytest.mark.parametrize("interface", [robots.LIBERO_TWO_CAMERAS, robots.LIBERO_ONE_CAMERA])
 def test_evaluate_repeats_sample(interface, value_level):
     policy = tiny(interface, value_head=True, value_level=value_level)
     batch = observation(interface)
@@ -426,7 +426,7 @@ def test_loads_moojink_l1_folders(tmp_path):
 
 
 def test_unnorm_keys_are_never_guessed(tmp_path):
-    policy = tiny(oft.LIBERO)
+    policy = tiny(robots.LIBERO_ONE_CAMERA)
     folder = published(tmp_path / "run", policy, key="libero_90_no_noops_trajall")
     options = {**SIZES, "recipe": "libero_rlinf", "horizon": 3, "execute": 3}
     assert vlahub.Policy.from_pretrained(folder, **options).config.unnorm_key == "libero_90_no_noops_trajall"  # the only one
@@ -443,7 +443,7 @@ def test_unnorm_keys_are_never_guessed(tmp_path):
 
 
 def test_recipes_are_asked_for_and_checked(tmp_path):
-    policy = tiny(oft.LIBERO, end_token=False)
+    policy = tiny(robots.LIBERO_ONE_CAMERA, end_token=False)
     folder = published(tmp_path / "run", policy)
     sizes = {**SIZES, "horizon": 3, "execute": 3}
     with pytest.raises(CheckpointError, match=r"do not say how it was trained; give recipe=(.|\n)*libero_rlinf"):
@@ -462,7 +462,7 @@ def test_recipes_are_asked_for_and_checked(tmp_path):
 
 
 def test_adapter_folders_are_merged_on_their_base(tmp_path):
-    policy = tiny(oft.LIBERO, end_token=False)
+    policy = tiny(robots.LIBERO_ONE_CAMERA, end_token=False)
     base = published(tmp_path / "openvla-base", policy)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -501,7 +501,7 @@ def test_adapter_folders_are_merged_on_their_base(tmp_path):
 
 
 def test_film_backbones_replace_the_shards(tmp_path):
-    policy = tiny(oft.LIBERO, film=True, end_token=False)
+    policy = tiny(robots.LIBERO_ONE_CAMERA, film=True, end_token=False)
     folder = published(tmp_path / "run", policy)
     # shards hold a backbone without FiLM; the file holds the wrapped one, its adapter apart
     wrapped = {}
@@ -540,7 +540,7 @@ def test_pickled_code_is_not_run(tmp_path):
 
 
 def test_folders_are_recognised(tmp_path):
-    assert hub.family_of(published(tmp_path / "whole", tiny(oft.LIBERO))) == "openvla_oft"
+    assert hub.family_of(published(tmp_path / "whole", tiny(robots.LIBERO_ONE_CAMERA))) == "openvla_oft"
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))

@@ -1,1 +1,31 @@
-"""The EVAC world model: a video diffusion model that imagines what a robot's cameras would see, as a batched environment."""
+"""The EVAC world model: a video diffusion model that imagines what a robot's cameras would see, as a batched environment. This module holds the cards only."""
+
+from dataclasses import dataclass
+
+from vlahub.catalog import EnvCard, register_env
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A LIBERO suite that can be imagined."""
+
+    simulator: str  # the id whose initial states are the imagination's
+    weights: str = ""  # the bundled world model; empty: the user gives one
+
+
+SUITES = {f"libero_{name.lower()}": Suite(f"vlahub/LIBERO-{name}") for name in ("Spatial", "Object", "Goal", "10")}
+OWN_WEIGHTS = "model=...: a world model of this suite (baselines/world_model.py trains one), a folder or a hub repository"
+
+for _name, _suite in SUITES.items():
+    register_env(
+        EnvCard(
+            id=_suite.simulator.replace("LIBERO", "EVAC-LIBERO"),
+            family="evac",
+            simulation="vlahub_envs.evac.simulation:alone",
+            vector="vlahub_envs.evac.environment:EvacVectorEnv",
+            summary=f"{_suite.simulator} as a video world model imagines it: a policy acts, the model draws, a classifier rewards. No simulator runs.",
+            kwargs={"suite": _name},
+            asks="" if _suite.weights else OWN_WEIGHTS,
+            limits="What is solved here is what the classifier takes for solved: evaluate policies in the simulator as well.",
+        )
+    )

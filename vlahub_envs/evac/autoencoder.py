@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +140,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+        self.compiled: Callable[[torch.Tensor], torch.Tensor] | None = None  # the decoder's forward, where it is compiled
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
@@ -154,4 +156,4 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents -> images of about [-1, 1]; the network's output is not clamped."""
-        return self.decoder(self.post_quant_conv(latents / SCALE))
+        return (self.compiled or self.decoder)(self.post_quant_conv(latents / SCALE))

@@ -53,6 +53,11 @@ SCHEDULE_BUFFERS = {
 }
 
 
+def find(name: str | Path, **where: Any) -> Path:
+    """The file or folder behind a name: a path, a bundled id, or a repository on the hub. `where`: arguments of vlahub.hub.resolve."""
+    return Path(name) if Path(name).is_file() else hub.resolve(name, **where)
+
+
 def load(
     name: str | Path,
     *,
@@ -71,13 +76,11 @@ def load(
     Args:
         name: a local folder (or one published file), or "user/name" on the hub.
         suite: the folder of the weights where a repository has several, "libero_spatial" for example.
-        dtype: of the world model's weights; classifier and converter stay in float32, because they are small and decide rewards and poses.
+        dtype: of the world model's weights; see `cast`.
         options: entries of WorldModelConfig to override. Entries that size a tensor must agree with the weights.
         revision, cache_dir, force_download, local_files_only, token: as in huggingface_hub.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = hub.resolve(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+    path = find(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
     if (path / hub.CONFIG).exists():
         model = _load_own(path, dtype, device, options)
     else:
@@ -85,13 +88,19 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def save(model: WorldModel, folder: str | Path) -> Path:
-    """Write config.json and model.safetensors; `load` reads them back."""
+def save(model: WorldModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write config.json and model.safetensors; `load` reads them back. With `dtype`, all weights but the action converter's are rounded to it: float16 halves
+    the file, but poses in metres need more than its three digits."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / hub.WEIGHTS)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if dtype is not None:
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and not name.startswith("action_predictor.") else tensor for name, tensor in tensors.items()
+        }
+    save_file(tensors, folder / hub.WEIGHTS)
     (folder / hub.CONFIG).write_text(json.dumps({KIND: "evac", "config": config_to_dict(model.config)}, indent=2) + "\n")
     return folder
 
@@ -99,10 +108,13 @@ def save(model: WorldModel, folder: str | Path) -> Path:
 def empty_model(config: WorldModelConfig, dtype: torch.dtype | None = None) -> WorldModel:
     """A model without storage, to be filled by a checkpoint."""
     with torch.device("meta"):
-        model = WorldModel(config)
-    if dtype is not None:
-        for part in (model.model, model.first_stage_model, model.cond_stage_model, model.embedder, model.image_proj_model):
-            part.to(dtype)
+        return cast(WorldModel(config), dtype)
+
+
+def cast(model: WorldModel, dtype: torch.dtype | None) -> WorldModel:
+    """The world model's weights in another dtype; classifier and converter stay as they are, because they are small and decide rewards and poses."""
+    for part in (model.model, model.first_stage_model, model.cond_stage_model, model.embedder, model.image_proj_model):
+        part.to(dtype)
     return model
 
 

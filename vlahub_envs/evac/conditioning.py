@@ -34,7 +34,7 @@ GRIPPER_RANGE = 120.0  # of the AgiBot gripper; the LIBERO weights divide their 
 TOOL_TILT = 0.5236  # rad about z between an AgiBot end pose and the tool that is drawn: minus on the left, plus on the right
 TOOL_LENGTH = 0.23  # m, from an AgiBot end pose to the drawn point along z
 AXIS = 0.1  # m, drawn length of a tool axis
-RADIUS, THICKNESS, BACKGROUND = 50, 8, 50  # of the maps, in pixels at every resolution, and grey level
+RADIUS, THICKNESS, BACKGROUND = 50, 8, 50  # of the published models' maps, in pixels at every resolution, and grey level
 AXIS_COLOURS = (((0, 0, 255), (255, 255, 0), (0, 255, 255)), ((255, 0, 255), (255, 0, 0), (0, 255, 0)))  # RGB of x, y, z; left, right
 FARTHEST = 2**31 - 1  # pixels; OpenCV has no larger coordinates
 
@@ -196,7 +196,15 @@ def colour_of(table: np.ndarray, value: float) -> np.ndarray:
     return table[int(np.clip(256 * value, 0, 255))]
 
 
-def trajectory_map(pose: np.ndarray, intrinsic: np.ndarray, to_world: np.ndarray, size: tuple[int, int], variant: Variant) -> np.ndarray:
+def trajectory_map(
+    pose: np.ndarray,
+    intrinsic: np.ndarray,
+    to_world: np.ndarray,
+    size: tuple[int, int],
+    variant: Variant,
+    radius: int = RADIUS,
+    thickness: int = THICKNESS,
+) -> np.ndarray:
     """One pose row [16] -> a picture [height, width, 3] uint8 of `size` (height, width): at each end-effector a disc, whose colour is the gripper, and the three
     axes of its tool.
 
@@ -216,8 +224,8 @@ def trajectory_map(pose: np.ndarray, intrinsic: np.ndarray, to_world: np.ndarray
     drawn = [arm for arm in drawn if 0 <= pixels[arm][0][0] < width and 0 <= pixels[arm][0][1] < height]
     canvas = np.full((height, width, 3), BACKGROUND, np.uint8)
     for arm in drawn:
-        drawing.draw_disc(canvas, *pixels[arm][0], RADIUS, colour_of((GREENS, REDS)[arm], grippers[arm]))
+        drawing.draw_disc(canvas, *pixels[arm][0], radius, colour_of((GREENS, REDS)[arm], grippers[arm]))
     for arm in drawn:
         for end, colour in zip(pixels[arm][1:], AXIS_COLOURS[arm], strict=True):
-            drawing.draw_line(canvas, tuple(pixels[arm][0]), tuple(end), THICKNESS, colour)
+            drawing.draw_line(canvas, tuple(pixels[arm][0]), tuple(end), thickness, colour)
     return canvas

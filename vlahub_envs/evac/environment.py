@@ -17,6 +17,7 @@ from vlahub.catalog import EnvCard
 from vlahub.env import ChunkResult, own
 from vlahub.observation import Observation, stack
 from vlahub.vector import BaseVectorEnv, checked_mask, collate, per_env
+from vlahub_envs.evac import memory
 from vlahub_envs.evac.model import WorldModel
 from vlahub_envs.evac.quirks import PublishedImagination
 from vlahub_envs.evac.simulation import Imagination, upright
@@ -37,7 +38,7 @@ class EvacVectorEnv(BaseVectorEnv):
         render_mode: None or "rgb_array" (`render` gives the last imagined frames, upright).
         max_steps: control steps per episode, 256 as published. Chunks of the model's own length waste nothing.
         slots: equal parts that `send` and `recv` treat apart. Chunks run one after another in a background thread, so the policy can work meanwhile.
-        autoreset_mode: only DISABLED; reset finished worlds with options["reset_mask"].
+        autoreset_mode: Gymnasium's; in `step_chunk` a finished world runs nothing until it is reset, and no mode runs past an episode's end.
     """
 
     def __init__(
@@ -58,8 +59,6 @@ class EvacVectorEnv(BaseVectorEnv):
         self.closed = True  # until there is something to close
         self.card = card
         self._set_up(num_envs, slots, render_mode, autoreset_mode)
-        if self.autoreset_mode is not AutoresetMode.DISABLED:
-            raise ValueError("imagined worlds are reset by hand: autoreset_mode must be DISABLED; pass options={'reset_mask': result.done} to reset")
         known = inspect.signature(Imagination).parameters
         for name in options:
             if name not in known:
@@ -67,9 +66,11 @@ class EvacVectorEnv(BaseVectorEnv):
                     f"{type(self).__name__} has no option {name!r}; {catalog.suggest(name, [*known, *inspect.signature(EvacVectorEnv).parameters])}"
                 )
         given = {**(card.kwargs if card else {}), **{name: value for name, value in (("model", model), ("starts", starts)) if value is not None}, **options}
-        if imagination is None and given.get("model") is None:
-            raise ValueError("an imagined environment needs a world model: model='user/name', a folder, or a WorldModel")
         self.imagination = imagination or (PublishedImagination if strict_upstream_quirks else Imagination)(**given)
+        model, at_once = self.imagination.model, min(num_envs, self.imagination.max_batch or num_envs)
+        words = memory.check(model.config, model.unet.out[2].weight.dtype, model.device, at_once)
+        if model.device.type == "cuda":
+            print(words, flush=True)
         self.worlds = [self.imagination.world() for _ in range(num_envs)]
         self.episodes = [self.imagination.episode(world, max_steps) for world in self.worlds]
         self._describe(self.worlds[0])
@@ -111,7 +112,7 @@ class EvacVectorEnv(BaseVectorEnv):
             raise ValueError(f"step: actions have shape {actions.shape}, expected {self.action_space.shape}")
         checked = self._checked(actions[:, None], rows, "step")
         over = [env for env in rows if self.episodes[env].done]
-        if over:
+        if over and self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             raise gymnasium.error.ResetNeeded(f"the episodes of envs {over} are over: reset them with options['reset_mask']")
         result = self._run(*checked)
         return result.observation, result.reward[:, 0], result.terminated[:, 0], result.truncated[:, 0], result.info
@@ -123,6 +124,18 @@ class EvacVectorEnv(BaseVectorEnv):
         rows = self._idle(None, "render")
         wanted = checked_mask(True if mask is None else mask, self.num_envs, "mask")
         return tuple(self.worlds[env].render() if wanted[env] and self.worlds[env].start else None for env in rows)
+
+    def park(self) -> None:
+        """Move the world model to the CPU. Its graphs read the weights where they lay, so they are made anew afterwards."""
+        self._idle(None, "park")
+        model = self.imagination.model
+        self._home = model.device
+        model.accelerate("off")
+        model.to("cpu")
+
+    def unpark(self) -> None:
+        self.imagination.model.to(self._home)
+        self.imagination.model.accelerate(self.imagination.acceleration)
 
     def close_extras(self, **kwargs: Any) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -163,7 +176,8 @@ class EvacVectorEnv(BaseVectorEnv):
         return chunks, clipped, rows, np.where(recorded, record_every, 0)
 
     def _run(self, chunks: Sequence[np.ndarray], clipped: Sequence[int], rows: range, record_every: np.ndarray) -> ChunkResult:
-        """Imagine one batch of all worlds that run, then let each episode book its own."""
+        """Imagine one batch of all worlds that run, then let each episode book its own. The autoreset mode's resets come before it, or after."""
+        ended = [row for row, env in enumerate(rows) if self.episodes[env].done]
         live = [row for row, env in enumerate(rows) if not self.episodes[env].done and len(chunks[row])]
         left = [self.max_steps - self.episodes[rows[row]].steps if self.imagination.stops else None for row in live]
         if live:
@@ -174,15 +188,20 @@ class EvacVectorEnv(BaseVectorEnv):
         infos: dict[int, dict[str, Any]] = {}
         for row, env in enumerate(rows):
             n = len(chunks[row])
-            if n:
+            if row in ended and self.autoreset_mode is AutoresetMode.NEXT_STEP:
+                info = self.episodes[env].reset(self._seed(env), {})
+            elif n:
                 reward[row, :n], terminated[row, :n], truncated[row, :n], length[row], info = self.episodes[env].run(chunks[row])
             else:
                 info = {"success": self.episodes[env].succeeded, "steps": self.episodes[env].steps}
             infos[row] = {**info, "aborted": False}
-            if clipped[row]:
+            if clipped[row] and length[row]:
                 infos[row]["clipped"] = int(clipped[row])
             if record_every[row] and length[row]:
                 infos[row]["frames"] = [upright(frame) for frame in self.worlds[env].frames[record_every[row] - 1 : length[row] : record_every[row]]]
+            if self.autoreset_mode is AutoresetMode.SAME_STEP and row not in ended and self.episodes[env].done:
+                final = {"final_obs": own(self.worlds[env].observe()), "final_info": infos[row]}
+                infos[row] = {**self.episodes[env].reset(self._seed(env), {}), "aborted": False, **final}
         return ChunkResult(self._observation(rows), reward, terminated, truncated, length, collate(infos, len(rows)))
 
     def _observation(self, rows: range) -> Observation:

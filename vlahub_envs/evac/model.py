@@ -11,7 +11,7 @@ Shapes: b worlds, m memory frames, c = chunk, T = m + c, H x W pixels, h x w lat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -20,14 +20,16 @@ import torch
 from torch import nn
 
 from vlahub_envs.evac import conditioning
+from vlahub_envs.evac.acceleration import Accelerated, Acceleration, Inputs, denoise, lay_out
 from vlahub_envs.evac.actions import ActionConverter
 from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig, ImageEmbedder
 from vlahub_envs.evac.resampler import Resampler, ResamplerConfig
 from vlahub_envs.evac.reward import RewardClassifier
-from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, Steps, guided, sample
+from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, Solver, Steps, guided, sample
 from vlahub_envs.evac.unet import UNetConfig, VideoUNet
 
+PICTURES = 32  # that the autoencoder takes at once: 256-pixel ones fill a GPU, and more would only take memory
 ACTION_ROW = 14  # two arms of dxyz, drpy, gripper
 
 
@@ -46,6 +48,11 @@ class WorldModelConfig:
     intrinsic: tuple[tuple[float, ...], ...] = ((64.0, 0.0, 64.0), (0.0, 64.0, 64.0), (0.0, 0.0, 1.0))
     camera_position: tuple[float, ...] = (0.3, 0.0, 0.6)
     camera_quaternion_wxyz: tuple[float, ...] = (0.0, -0.4332, 0.0, 0.9013)
+    map_radius: int = conditioning.RADIUS  # pixels, of the disc in a trajectory map ...
+    map_thickness: int = conditioning.THICKNESS  # ... and of its lines; a model of small frames draws smaller ones
+    denoising_steps: int = 50  # how the weights are best sampled, where the user does not say: network calls per chunk ...
+    solver: Solver = "ddim"  # ... "ddim" or "dpm" ...
+    eta: float = 1.0  # ... and with how much fresh noise
     unet: UNetConfig = field(default_factory=UNetConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -93,6 +100,43 @@ AGIBOT = WorldModelConfig(
 )
 
 
+def tiny_config(height: int, width: int, chunk: int, camera: Mapping[str, Any], variant: conditioning.Variant = "libero", **entries: Any) -> WorldModelConfig:
+    """Fewer than four million weights, which a GPU trains in minutes and a CPU runs: half the frame size of the published model, eight latent channels
+    because a small autoencoder needs them. `camera`: entries of the config, as `conditioning.mujoco_camera` gives them."""
+    latents, tokens = 8, 64
+
+    def resampler(embedding_dim: int, queries: int) -> ResamplerConfig:
+        return ResamplerConfig(embedding_dim, queries, dim=tokens, depth=1, heads=2, dim_head=32, output_dim=tokens, ff_mult=2)
+
+    sizes: dict[str, Any] = {
+        "unet": UNetConfig(
+            in_channels=3 * latents + 7,
+            out_channels=latents,
+            model_channels=64,
+            channel_mult=(1, 1),
+            num_res_blocks=1,
+            attention_resolutions=(2,),
+            num_head_channels=16,
+            context_dim=tokens,
+            domains=1,
+            dropout=0.0,
+        ),
+        "domain": 0,
+        "autoencoder": AutoencoderConfig(channels=32, channel_mult=(1, 1, 1, 2), num_res_blocks=1, latent_channels=latents),
+        "clip": ClipConfig(width=64, layers=1, head_width=32, patch=16, embed_dim=8, text_width=8, text_context=1, text_vocabulary=1),
+        "image_resampler": resampler(64, 16 * chunk),
+        "action_resampler": resampler(ACTION_ROW, 16),
+        "reward_widths": (16, 24, 32, 48),
+        "converter_hidden": (128, 128),
+        "map_radius": max(2, height // 16),
+        "map_thickness": 2,
+        "denoising_steps": 10,
+        "solver": "dpm",
+        "eta": 0.0,
+    }
+    return WorldModelConfig(height=height, width=width, chunk=chunk, variant=variant, **{**sizes, **camera, **entries})
+
+
 @dataclass
 class Conditions:
     """What the network is told about one chunk of b worlds."""
@@ -121,6 +165,7 @@ class WorldModel(nn.Module):
         self.reward_model = None if config.reward_widths is None else RewardClassifier(config.reward_widths)
         self.action_predictor = None if config.converter_hidden is None else ActionConverter(config.action_dim, config.converter_hidden)
         self.schedule = Schedule(config.schedule)
+        self.accelerated: Accelerated | None = None
 
     @property
     def device(self) -> torch.device:
@@ -135,13 +180,17 @@ class WorldModel(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1], [..., 3, H, W] -> float32 latents [..., 4, h, w]"""
         flat = images.flatten(0, -4).to(self.first_stage_model.quant_conv.weight.dtype)
-        return self.first_stage_model.encode(flat).float().unflatten(0, images.shape[:-3])
+        return torch.cat([self.first_stage_model.encode(part).float() for part in flat.split(PICTURES)]).unflatten(0, images.shape[:-3])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [b, 4, n, h, w] -> float32 images of about [-1, 1], [b, n, 3, H, W]"""
         frames = latents.transpose(1, 2)
-        images = self.first_stage_model.decode(frames.flatten(0, 1).to(self.first_stage_model.quant_conv.weight.dtype))
-        return images.float().unflatten(0, frames.shape[:2])
+        flat = frames.flatten(0, 1).to(self.first_stage_model.quant_conv.weight.dtype)
+        return torch.cat([self.first_stage_model.decode(part).float() for part in flat.split(PICTURES)]).unflatten(0, frames.shape[:2])
+
+    def success(self, frames: torch.Tensor) -> torch.Tensor:
+        """Images [b, n, 3, H, W] -> probability that the task is solved in each, float32 [b, n]"""
+        return torch.cat([self.reward_model(part) for part in frames.flatten(0, 1).split(PICTURES)]).float().sigmoid().view(frames.shape[:2])
 
     # ------------------------------------------------------------------------------------------------ conditions
 
@@ -178,16 +227,21 @@ class WorldModel(nn.Module):
             image_tokens: of the episodes' first frames, [b, tokens, context_dim].
             rays: [6, h, w], or [b, 6, T, h, w] where the camera moves.
         """
-        b, channels, m, h, w = memory.shape
-        c = maps.shape[1]
         pictures = maps.to(self.device).permute(0, 1, 4, 2, 3).float() / 255 * 2 - 1  # [b, c, 3, H, W]
-        drawn = self.encode(pictures).transpose(1, 2)  # [b, 4, c, h, w]
+        return self.conditions_of_latents(memory, self.encode(pictures).transpose(1, 2), self.action_tokens(rows), image_tokens, rays)
+
+    def conditions_of_latents(
+        self, memory: torch.Tensor, drawn: torch.Tensor, action_tokens: torch.Tensor, image_tokens: torch.Tensor, rays: torch.Tensor
+    ) -> Conditions:
+        """The same with the maps' latents [b, 4, c, h, w] and the action tokens given."""
+        b, channels, m, h, w = memory.shape
+        c = drawn.shape[2]
         return Conditions(
             latent=torch.cat([memory, memory[:, :, -1:].expand(-1, -1, c, -1, -1)], dim=2),
             mask=memory.new_ones(b, 1, m + c, h, w),
             map=torch.cat([drawn.new_zeros(b, channels, m, h, w), drawn], dim=2),
             rays=rays if rays.ndim == 5 else rays[None, :, None].expand(b, -1, m + c, -1, -1),
-            tokens=torch.cat([image_tokens, self.action_tokens(rows)], dim=1),
+            tokens=torch.cat([image_tokens, action_tokens], dim=1),
         )
 
     def unconditional(self, conditions: Conditions, m: int) -> Conditions:
@@ -201,20 +255,33 @@ class WorldModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ sampling
 
-    def network(self, conditions: Conditions, m: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """v [b, 4, T, h, w] as a function of the chunk's noisy latents [b, 4, c, h, w] and a timestep. The context is read once."""
+    def network(self, conditions: Conditions, m: int) -> Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]:
+        """v [b, 4, T, h, w] as a function of the chunk's noisy latents [b, 4, c, h, w] and a timestep, for all or each [b]. The context is read once."""
         unet, config = self.unet, self.config
         dtype = unet.time_embed[0].weight.dtype
-        context = unet.read_context(conditions.tokens.to(dtype))
-        constant, memory = conditions.channels().to(dtype), conditions.latent[:, :, :m].to(dtype)
-        fps, domain = (torch.full((len(constant),), value, device=self.device) for value in (config.fps, config.domain))
+        latent = conditions.latent
+        fps, domain = (torch.full((len(latent),), value, device=self.device) for value in (config.fps, config.domain))
+        inputs = Inputs(latent[:, :, :m].to(dtype), conditions.channels().to(dtype), unet.read_context(conditions.tokens.to(dtype)), fps, domain)
+        if self.accelerated is not None and not torch.is_grad_enabled():
+            return self.accelerated.network(inputs, latent[:, :, m:].shape)
 
-        def call(x: torch.Tensor, timestep: int) -> torch.Tensor:
-            full = torch.cat([torch.cat([memory, x.to(dtype)], dim=2), constant], dim=1)  # [b, 19, T, h, w]
-            steps = torch.full((len(x),), timestep, device=self.device)
-            return unet(full, steps, context, fps, domain, x.shape[2])
+        def call(x: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
+            steps = timestep if isinstance(timestep, torch.Tensor) else torch.full((len(x),), timestep, device=self.device)
+            return denoise(unet, inputs, x, steps)
 
         return call
+
+    def accelerate(self, mode: Acceleration) -> None:
+        """Run the network through CUDA graphs ("graph"), and compiled ("compile"); the weights must stay where they are from now on. "off" undoes it."""
+        if mode not in get_args(Acceleration):
+            raise ValueError(f"acceleration must be one of {', '.join(get_args(Acceleration))}, not {mode!r}")
+        if mode != "off" and self.device.type != "cuda":
+            raise ValueError(f"acceleration {mode!r} needs a GPU; this world model lies on the {self.device.type}. Give device='cuda', or acceleration='off'")
+        if mode == "compile":
+            lay_out(self.unet)
+            lay_out(self.first_stage_model)
+        self.first_stage_model.compiled = torch.compile(self.first_stage_model.decoder.forward, dynamic=False) if mode == "compile" else None
+        self.accelerated = None if mode == "off" else Accelerated(self.unet, mode)
 
     @torch.no_grad()
     def imagine(self, conditions: Conditions, steps: Steps, noise: torch.Tensor, step_noise: torch.Tensor | None = None, guidance: float = 1.0) -> torch.Tensor:
@@ -235,11 +302,11 @@ class WorldModel(nn.Module):
 
         return checkpoint.load(name, **options)
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str, dtype: torch.dtype | None = None) -> None:
         """See `vlahub_envs.evac.checkpoint.save`."""
         from vlahub_envs.evac import checkpoint
 
-        checkpoint.save(self, folder)
+        checkpoint.save(self, folder, dtype)
 
 
 def memory_rows(count: int, memory: int) -> list[int]:

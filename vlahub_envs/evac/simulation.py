@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vlahub import catalog
 from vlahub.env import Episode
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
 from vlahub.simulation import Outcomes, Simulation, check_options
-from vlahub_envs.evac import conditioning, start_states
+from vlahub_envs.evac import OWN_WEIGHTS, SUITES, Suite, checkpoint, conditioning, start_states
+from vlahub_envs.evac.acceleration import Acceleration
 from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows
+from vlahub_envs.evac.schedule import Solver
 from vlahub_envs.evac.start_states import StartState, StartStates
 
+KEPT_STARTS = 256  # start states of a simulator that are remembered
 FINGER = 0.04  # m, position of each finger of LIBERO's gripper when fully open
 OPTIONS = {
     "task": "number of the task",
@@ -38,9 +42,9 @@ def interface_of(config: WorldModelConfig) -> Interface:
     return Interface(
         main=Camera("agentview", config.height, config.width, turned=180),
         state=(
-            Field("position", 3, "m", frame="world"),
-            Field("rotation", 3, "rad", rotation="axis_angle", frame="world"),
-            Field("fingers", 2, "m"),
+            Field("position", 3, "m", frame="world", low=-3, high=3),
+            Field("rotation", 3, "rad", rotation="axis_angle", frame="world", low=-6.3, high=6.3),
+            Field("fingers", 2, "m", low=-0.1, high=0.1),
         ),
         action=(
             Field("position", 3, "1", reference="delta", frame="world", low=-1, high=1),
@@ -80,52 +84,98 @@ def pose_of(state: np.ndarray, config: WorldModelConfig) -> np.ndarray:
     return np.concatenate([state[:3], np.sin(angle / 2) * axis, [np.cos(angle / 2), gripper]]).astype(np.float32)
 
 
-def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, seed: int = 0) -> StartStates:
-    """The initial states of a simulation with this interface (LIBERO's), as start states: `trials` of every task."""
+def check_states(simulation: Simulation, config: WorldModelConfig) -> None:
     if [(field.name, field.size) for field in simulation.interface.state] != [(field.name, field.size) for field in interface_of(config).state]:
         raise ValueError(f"start states need LIBERO's state (position, rotation, fingers), not {', '.join(f.name for f in simulation.interface.state)}")
-    found = []
-    for task in range(simulation.tasks):
-        for trial in range(trials):
-            simulation.reset(seed, {"task": task, "trial": trial})
-            seen = simulation.observe()
-            found.append(StartState(np.array(seen["main_images"]), pose_of(seen["states"], config), seen["task_descriptions"], task, trial))
-            found[-1].check(config.height, config.width)
-    return StartStates(found)
+
+
+def start_of(simulation: Simulation, config: WorldModelConfig, seed: int, options: Mapping[str, Any]) -> StartState:
+    """How an episode of a simulation with this interface begins."""
+    info, seen = simulation.reset(seed, options), simulation.observe()
+    start = StartState(np.array(seen["main_images"]), pose_of(seen["states"], config), seen["task_descriptions"], info["task"], info["trial"])
+    start.check(config.height, config.width)
+    return start
+
+
+def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, seed: int = 0) -> StartStates:
+    """The initial states of a simulation with this interface (LIBERO's), as start states: `trials` of every task."""
+    check_states(simulation, config)
+    return StartStates([start_of(simulation, config, seed, {"task": task, "trial": trial}) for task in range(simulation.tasks) for trial in range(trials)])
+
+
+def draw_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+    """Poses [n, 8] -> trajectory maps [n, H, W, 3] uint8 in the model's own camera. The one arm stands in both halves of a pose row."""
+    to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
+    camera = np.array(config.intrinsic), to_world, (config.height, config.width), config.variant, config.map_radius, config.map_thickness
+    return np.stack([conditioning.trajectory_map(np.concatenate([pose, pose]), *camera) for pose in poses])
+
+
+class SimulatedStarts:
+    """The initial states of a simulator with this interface (LIBERO's), computed when they are asked for: the same seed, task and trial start the same episode there
+    and here."""
+
+    def __init__(self, env_id: str, config: WorldModelConfig):
+        self.simulation = catalog.make_simulation(env_id, camera_size=(config.height, config.width), wrist=False)
+        self.config, self.tasks, self.trials = config, self.simulation.tasks, self.simulation.trials
+        check_states(self.simulation, config)
+        self.choose = lru_cache(KEPT_STARTS)(self._choose)  # equal starts are one object, and are encoded once
+
+    def _choose(self, seed: int, task: int | None = None, trial: int | None = None) -> StartState:
+        chosen = {name: value for name, value in (("task", task), ("trial", trial)) if value is not None}
+        return start_of(self.simulation, self.config, seed, chosen)
 
 
 class Imagination:
     """The model and how it is sampled; shared by all worlds of a batch.
 
     Args:
-        model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes.
-        starts: a collection of start states, or the path of one; without it every reset needs a start by hand.
-        suite, device, dtype: which weights of the repository, and where and in what they run, if the model is loaded here.
-        denoising_steps: network calls per chunk.
-        eta: 1 adds fresh noise at every call, as the published environment does; 0 none.
-        clean_end: see Schedule.ddim. By default on below 50 steps, where the published ending visibly fades the picture.
+        model: a WorldModel with classifier and converter, or what WorldModel.from_pretrained takes; by default the bundled weights of the suite.
+        starts: a collection of start states, the path of one, or the id of the simulator whose initial states they are ("vlahub/LIBERO-Spatial"). By default the file
+            that lies beside the weights, else the suite's simulator. Without any, every reset needs a start by hand.
+        suite: which weights of a repository that holds several; the registered ids set it.
+        device, dtype: where and in what the model runs, if it is loaded here; "auto" is a GPU if there is one.
+        denoising_steps, solver, eta: network calls per chunk, "ddim" or "dpm", and how much fresh noise every call adds (the published environment: 50, "ddim", 1);
+            what the model's config says where they are None.
+        clean_end: see Schedule.steps. By default on below 50 steps, where the published ending visibly fades the picture.
         threshold: probability from which a frame counts as a success.
         max_batch: worlds that are imagined at once; larger batches are split. None: all.
+        acceleration: on a GPU, "graph" replays the network as CUDA graphs, "compile" compiles it as well, which takes minutes at the first chunk.
     """
 
     stops = True  # do worlds stop at success and at the time limit? (quirks.py: no)
 
     def __init__(
         self,
-        model: WorldModel | str | Path,
-        starts: StartStates | str | Path | None = None,
+        model: WorldModel | str | Path | None = None,
+        starts: StartStates | SimulatedStarts | str | Path | None = None,
         *,
         suite: str = "",
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        denoising_steps: int = 50,
-        eta: float = 1.0,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str | None = None,
+        denoising_steps: int | None = None,
+        solver: Solver | None = None,
+        eta: float | None = None,
         clean_end: bool | None = None,
         threshold: float = 0.5,
         max_batch: int | None = None,
+        acceleration: Acceleration = "off",
     ):
-        self.model = model if isinstance(model, WorldModel) else WorldModel.from_pretrained(model, suite=suite, device=device, dtype=dtype)
-        self.config = config = self.model.config
+        known = SUITES.get(suite, Suite(""))
+        model = model or known.weights
+        if not model:
+            raise ValueError(f"an imagined environment needs a world model{f' of {suite}, and none ships' if suite else ''}: give {OWN_WEIGHTS}")
+        if not isinstance(model, WorldModel):
+            path = checkpoint.find(model)
+            beside = path / start_states.FILE
+            starts = beside if starts is None and beside.exists() else starts
+            if isinstance(dtype, str):  # from a command line
+                dtype = getattr(torch, dtype, None)
+            if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', not {dtype!r}")
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            model = checkpoint.load(path, suite=suite, device=device, dtype=dtype)
+        self.model, self.config = model, model.config
+        config = self.config
         for part, what in ((self.model.reward_model, "success classifier"), (self.model.action_predictor, "action converter")):
             if part is None:
                 raise ValueError(f"this world model has no {what}, which an environment needs; load weights that have one (the AgiBot release has neither)")
@@ -133,14 +183,23 @@ class Imagination:
             raise ValueError(f"threshold must lie between 0 and 1, not {threshold!r}")
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, not {max_batch!r}")
-        self.starts = start_states.read(starts) if isinstance(starts, (str, Path)) else starts
-        for state in self.starts or ():
-            state.check(config.height, config.width)
-        self.steps = self.model.schedule.ddim(denoising_steps, eta, denoising_steps < 50 if clean_end is None else clean_end)
+        self.starts = self._starts(known.simulator or None if starts is None else starts)
+        calls = config.denoising_steps if denoising_steps is None else denoising_steps
+        solver = solver or config.solver
+        eta = (config.eta if solver == config.solver else 0.0) if eta is None else eta
+        self.steps = self.model.schedule.steps(calls, eta, calls < 50 if clean_end is None else clean_end, solver)
         self.threshold, self.max_batch = threshold, max_batch
+        self.acceleration = acceleration
+        self.model.accelerate(acceleration)
         self.rays = self.model.camera_rays()
-        self.intrinsic = np.array(config.intrinsic)
-        self.to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
+
+    def _starts(self, given: StartStates | SimulatedStarts | str | Path | None) -> StartStates | SimulatedStarts | None:
+        if isinstance(given, str) and given in catalog.ENVS:
+            return SimulatedStarts(given, self.config)
+        found = start_states.read(given) if isinstance(given, (str, Path)) else given
+        for state in found if isinstance(found, StartStates) else ():
+            state.check(self.config.height, self.config.width)
+        return found
 
     @torch.no_grad()
     def advance(self, worlds: Sequence[Evac], actions: Sequence[np.ndarray]) -> None:
@@ -165,7 +224,7 @@ class Imagination:
         reached, of_rows, of_frames = self.poses(worlds, actions)
         doubled = np.concatenate([of_rows, of_rows], axis=-1)  # [k, c + 1, 16]: the one arm stands in both halves
         rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(doubled)))
-        maps = np.stack([[self._map(pose) for pose in of_world] for of_world in of_frames])
+        maps = np.stack([draw_maps(of_world, config) for of_world in of_frames])
         memory = torch.stack([world.latents[:, memory_rows(world.latents.shape[1], config.memory)] for world in worlds])  # [k, 4, m, h, w]
         tokens = torch.stack([self.tokens(world) for world in worlds])
         conditions = model.conditions(memory, torch.from_numpy(maps), rows, tokens, self.rays)
@@ -174,7 +233,7 @@ class Imagination:
         if not latents.isfinite().all():
             raise FloatingPointError(f"the world model gave numbers that are not finite, in {model.unet.out[2].weight.dtype}; try dtype=torch.float32")
         frames = model.decode(latents)  # [k, c, 3, H, W]
-        probability = model.reward_model(frames.flatten(0, 1)).sigmoid().view(frames.shape[:2]).cpu().numpy()
+        probability = model.success(frames).cpu().numpy()
         pictures = to_uint8(frames).permute(0, 1, 3, 4, 2).cpu().numpy()
         for i, (world, given) in enumerate(zip(worlds, actions, strict=True)):
             n = len(given)
@@ -198,10 +257,6 @@ class Imagination:
     def tokens(self, world: Evac) -> torch.Tensor:
         """Image tokens [tokens, context_dim] that a world is shown: of its first frame."""
         return world.image_tokens
-
-    def _map(self, pose: np.ndarray) -> np.ndarray:
-        config = self.config
-        return conditioning.trajectory_map(np.concatenate([pose, pose]), self.intrinsic, self.to_world, (config.height, config.width), config.variant)
 
     def _encode_starts(self, worlds: Sequence[Evac]) -> None:
         """Latents and image tokens of worlds that have none yet; worlds with the same start share them."""

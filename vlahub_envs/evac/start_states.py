@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from vlahub_envs.evac.actions import POSE
 
+FILE = "starts.safetensors"  # in a folder of weights: the start states that belong to them
 TENSORS = ("images", "poses", "tasks", "trials")
 TEXTS = "texts"  # in the file's metadata: a JSON list with the instruction of every task
 

@@ -33,7 +33,7 @@ def imagine_trajectory(
         poses: [m + chunks * c, 16], one row per frame; the first m rows belong to the memory, the last of them to `frame`.
         intrinsic: 3 x 3, in pixels of an H x W picture.
         to_world: camera pose, 4 x 4.
-        steps: from model.schedule.ddim.
+        steps: from model.schedule.steps.
         noise: per chunk number the noise [1, 4, c, h, w] and, if `steps` add noise, theirs [steps, 1, 4, c, h, w].
         guidance: 1 is none.
         strict_upstream_quirks: do as the published program does: after the first chunk the action rows come three rows late and one too many, and the image
@@ -49,7 +49,9 @@ def imagine_trajectory(
         raise ValueError(f"frame is {frame.dtype} {list(frame.shape)}, expected float32 {[*size, 3]} in [-1, 1]; see start_states.resized")
     rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(poses[m - 1 :])))  # [chunks * c, 14]
     drawn = conditioning.tilted(poses) if config.variant == "agibot" else poses
-    maps = np.stack([conditioning.trajectory_map(pose, intrinsic, to_world, size, config.variant) for pose in drawn[m:]])
+    maps = np.stack(
+        [conditioning.trajectory_map(pose, intrinsic, to_world, size, config.variant, config.map_radius, config.map_thickness) for pose in drawn[m:]]
+    )
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].to(model.device)
     tokens, rays = model.image_tokens(pixels), model.camera_rays(intrinsic, to_world)
     history = model.encode(pixels)[:, :, None].expand(-1, -1, m, -1, -1)  # [1, 4, frames so far, h, w]

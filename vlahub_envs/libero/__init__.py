@@ -13,6 +13,8 @@ SUITES = {
     "130": "All 130 tasks: Spatial, Object, Goal, 90, 10, in this order.",
 }
 
+EXPERT = ("Spatial", "Object", "Goal")  # suites that the scripted expert knows
+
 for _suite, _summary in SUITES.items():
     register_env(
         EnvCard(
@@ -21,9 +23,11 @@ for _suite, _summary in SUITES.items():
             simulation="vlahub_envs.libero.simulation:Libero",
             summary=_summary,
             kwargs={"suite": _suite},
+            expert="vlahub_envs.libero.expert:ScriptedExpert" if _suite in EXPERT else "",
             # hf-libero is missed with a message of its own, because it is installed without its dependencies
             needs=("mujoco", "robosuite", "bddl", "OpenGL", "easydict"),
             extra="libero",
+            protocols=("vlahub", "openvla", "openpi", "lerobot", "rlinf"),
             limits="Published checkpoints know the official assets; on stand-ins their success rates say nothing.",
         )
     )

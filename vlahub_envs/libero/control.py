@@ -182,9 +182,9 @@ class Controller:
 
     def reset(self) -> None:
         controller = self.robot.controller  # robosuite makes a new one at every reset
-        self.goal = Goal(
-            *(np.array(value, float) for value in (controller.goal_pos, controller.goal_ori, controller.initial_joint, self.robot.gripper.current_action))
-        )
+        # assigned in place: compiled code checks no bounds, and the hand's command is one number until it has moved, then two
+        for mine, its in zip(self.goal, (controller.goal_pos, controller.goal_ori, controller.initial_joint, self.robot.gripper.current_action), strict=True):
+            mine[:] = its
         # robosuite's first substep works with what its controller measured at its reset, before the initial state was set; so the first goal starts there
         self.measured = not controller.new_update
         if self.measured:

@@ -6,6 +6,7 @@ So a policy that imitates it sees smooth motions that depend on the state and li
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import mujoco
@@ -13,7 +14,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from vlahub_envs.libero import grasps
-from vlahub_envs.libero.grasps import TIP, Arm, Grasp, Matter
+from vlahub_envs.libero.grasps import TIP, Arm, Grasp, Matter, Pose
 from vlahub_envs.libero.simulation import Libero
 
 OPEN, CLOSED = -1.0, 1.0  # the gripper's number in an action
@@ -29,9 +30,15 @@ REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
 PATIENCE = 60  # steps in which a movement must have ended
+FLAT = 0.03  # m: what is lower and cannot be grasped is slid
 DOWN = np.array([0.0, 0.0, -1.0])
 
-Pose = tuple[np.ndarray, np.ndarray]  # position [3] and rotation [3, 3]
+SOLVED = ("libero_spatial", "libero_object", "libero_goal")  # suites whose every task was measured; see docs/libero.md
+START = Rotation.from_matrix([[0, 1, 0], [1, 0, 0], [0, 0, -1]])  # of the hand, at an episode's start
+
+
+class Unreachable(RuntimeError):
+    """Nothing that has to be grasped is within the arm's reach. The episode counts as unsolved."""
 
 
 class ScriptedExpert:
@@ -39,42 +46,80 @@ class ScriptedExpert:
 
     def __init__(self, simulation: Libero):
         self.simulation = simulation
-        self.arms: dict[int, Arm] = {}
+        self.failure = ""  # why it gave up, if it did
 
     def reset(self) -> None:
-        self.scene = self.simulation.scene
-        self.env, self.model, self.data = self.scene.env, self.scene.model, self.scene.data
-        self.arm = Arm(self.scene)
-        self.grip = OPEN
+        scene = self.simulation.scene
+        if scene is None:
+            raise RuntimeError("no episode was started: call the simulation's reset() before the expert's")
+        if scene.task.suite not in SOLVED:
+            known = ", ".join(f"LIBERO-{suite.removeprefix('libero_').capitalize()}" for suite in SOLVED)
+            raise ValueError(f"the expert does not know task {scene.task.name!r} of {scene.task.suite}; it solves the tasks of {known}")
+        self.scene, self.env, self.model, self.data = scene, scene.env, scene.model, scene.data
+        self.arm = Arm(scene)
         self.bodies = {name: np.flatnonzero(self.model.body_rootid == body) for name, body in self.env.obj_body_id.items()}
+        self.grip, self.failure = OPEN, ""
         self._script = self._solve()
 
     def act(self) -> np.ndarray:
-        """[1, 7]: one action, from the present state."""
-        return np.array([next(self._script)], np.float32)
+        """[1, 7]: one action, from the present state. An expert that has given up holds still."""
+        try:
+            return np.array([next(self._script)], np.float32)
+        except Unreachable as error:
+            self.failure = str(error)
+            self._script = self._stay()
+            return self.act()
+
+    def _stay(self) -> Iterator[np.ndarray]:
+        while True:
+            yield self._towards(*self._hand())
 
     # -------------------------------------------------------------------------------------------- goals
 
     def _solve(self) -> Iterator[np.ndarray]:
+        skills = {"on": self._put, "in": self._put, "open": self._open, "turnon": self._turn_on}
         while True:
-            for predicate, *names in self.env.parsed_problem["goal_state"]:
-                if not self.env._eval_predicate([predicate, *names]):
-                    yield from {"on": self._put, "in": self._put, "open": self._open, "turnon": self._turn_on}[predicate](*names)
-            yield self._towards(*self._hand())
+            left = [goal for goal in self.env.parsed_problem["goal_state"] if not self.env._eval_predicate(goal)]
+            for predicate, *names in left:  # a skill that did not work is tried again
+                yield from skills[predicate](*names)
+            if not left:
+                yield self._towards(*self._hand())
 
     def _put(self, name: str, place: str) -> Iterator[np.ndarray]:
-        body = self.env.obj_body_id[name]
-        grasp = self._grasp(self.bodies[name], self.data.xipos[body], self._from_above(body))
-        yield from self._take(grasp, body)
-        yield from self._carry(name, place)
+        """On or in another object or a region of one. A drawer is opened first."""
+        drawer = self._drawer(place)
+        if drawer is not None and not self.env._eval_predicate(["open", place]):
+            yield from self._open(place)
+        offset = self._free_spot(name, place)
+        yield from self._bring(name, lambda: self._place(place) + offset)
 
-    def _open(self, name: str) -> Iterator[np.ndarray]:
-        joint = self.model.joint(self.env.object_states_dict[name].env.object_sites_dict[name].joints[0]).id
+    def _bring(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+        """An object's origin to a point, which may move."""
+        body = self.env.obj_body_id[name]
+        carry = goal() - self.data.xpos[body]
+        for orientations in (self._from_above(body), self._tilted(self._from_above(body))):
+            grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation))
+            if grasp is not None:
+                break
+        if grasp is not None:
+            yield from self._take(grasp, body)
+            yield from self._carry(name, goal)
+        elif np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) < FLAT:
+            yield from self._drag(name, goal)
+        else:
+            raise Unreachable(f"the arm can grasp {name} nowhere")
+
+    def _open(self, place: str) -> Iterator[np.ndarray]:
+        joint = self._drawer(place)
         yield from self._operate(joint, float(self.model.jnt_range[joint][0]))
 
     def _turn_on(self, name: str) -> Iterator[np.ndarray]:
-        joint = self.model.joint(self.env.get_object(name).joints[0]).id
-        yield from self._operate(joint, 1.0)
+        yield from self._operate(self.model.joint(self.env.get_object(name).joints[0]).id, 1.0)
+
+    def _drawer(self, place: str) -> int | None:
+        """The joint that moves a region."""
+        site = self.env.object_sites_dict.get(place)
+        return self.model.joint(site.joints[0]).id if site is not None and site.joints else None
 
     # -------------------------------------------------------------------------------------------- skills
 
@@ -85,14 +130,23 @@ class ScriptedExpert:
             if np.hypot(*axis[:2]) > 0.9:
                 angle = np.arctan2(axis[1], axis[0])
                 angles |= {float((angle + turn + np.pi / 2) % np.pi - np.pi / 2) for turn in (0, np.pi / 2)}
-        start = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1.0]])
-        return [(Rotation.from_euler("z", angle).as_matrix() @ start, abs(angle)) for angle in angles]
+        return [((Rotation.from_euler("z", angle) * START).as_matrix(), abs(angle)) for angle in angles]
 
-    def _grasp(self, bodies: np.ndarray, centre: np.ndarray, orientations: list[tuple[np.ndarray, float]]) -> Grasp:
-        grasp = grasps.find(self.arm, bodies, centre, orientations)
-        if grasp is None:
-            raise RuntimeError(f"{self.scene.task.name}: no grasp within reach")
-        return grasp
+    def _tilted(self, orientations: list[tuple[np.ndarray, float]]) -> list[tuple[np.ndarray, float]]:
+        """These and others that lean about the axis along which the fingers close: near its foot the arm cannot point down."""
+        leans = np.deg2rad([0, 20, -20, 40, -40])
+        return [((Rotation.from_rotvec(lean * rotation[:, 0])).as_matrix() @ rotation, turn + abs(lean)) for rotation, turn in orientations for lean in leans]
+
+    def _from_the_front(self, out: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """Orientations of a hand that points along `out`, which is level, or down from there; its fingers open level, or upright."""
+        aside = np.cross(out, DOWN)
+        orientations = []
+        for tilt in np.deg2rad([0, 15, 30, 45, 60]):
+            towards = np.cos(tilt) * out + np.sin(tilt) * DOWN
+            for closing in (aside, -aside, np.cross(aside, towards), np.cross(towards, aside)):
+                rotation = np.stack([closing, np.cross(towards, closing), towards], axis=1)
+                orientations.append((rotation, float((Rotation.from_matrix(rotation) * START.inv()).magnitude())))
+        return orientations
 
     def _take(self, grasp: Grasp, body: int) -> Iterator[np.ndarray]:
         """Go to the grasp, which moves with the body, and close the gripper."""
@@ -131,8 +185,8 @@ class ScriptedExpert:
             position = position - out * min(back, STEEP * max(0.0, aside - 0.004) + 0.15 * max(0.0, angle - ARRIVED[1]))
             yield self._towards(position, rotation)
 
-    def _carry(self, name: str, place: str) -> Iterator[np.ndarray]:
-        """Bring what the gripper holds to its place, over what stands in the way, and lower it until it is there or gets no lower; then let go."""
+    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go."""
         body = self.env.obj_body_id[name]
         own = set(self.bodies[name])
         _, rotation = self._hand()
@@ -141,65 +195,118 @@ class ScriptedExpert:
         apart = np.linalg.norm(self._hand()[0] - self.data.xpos[body])
         for _ in range(3 * PATIENCE):
             here = self.data.xpos[body].copy()
-            goal = self._place(name, place)
-            low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
-            bounds = Matter(self.scene, self.bodies[name]).bounds()
-            radius = float(np.abs(np.concatenate([bounds[:, 0, :2], bounds[:, 1, :2]]) - here[:2]).max())
-            aside = float(np.linalg.norm((goal - here)[:2]))
+            there = goal()
+            low, _ = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+            aside = float(np.linalg.norm((there - here)[:2]))
             hand, _ = self._hand()
             if abs(np.linalg.norm(hand - here) - apart) > SLIPPED:
                 break
-            over = self._height_over(here, goal, radius, here[2] - low, hand[2] - here[2], own)
-            over = max(min(over, self._ceiling(hand + goal - here) - hand[2] + here[2]), goal[2])
-            needed = min(over, goal[2] + STEEP * max(0.0, aside - 0.01))
+            over = self._height_over(here, there, self._radius(name), here[2] - low, hand[2] - here[2], own)
+            over = max(min(over, self._ceiling(hand + there - here) - hand[2] + here[2]), there[2])
+            needed = min(over, there[2] + STEEP * max(0.0, aside - 0.01))
             free = np.clip(1 - (needed - here[2]) / LIFT, 0, 1)
-            shift = np.append((goal - here)[:2] * free, needed - here[2])
+            back = (1 - free) * max(0.0, needed - here[2]) * rotation[:2, 2] / rotation[2, 2]  # out as the hand came in: it may lean, under a drawer
+            shift = np.append((there - here)[:2] * free + back, needed - here[2])
             if aside < 0.012:
                 stalled = stalled + 1 if here[2] > lowest - 0.001 else 0
                 lowest = min(lowest, here[2])
                 if stalled > 3:
                     break
             yield self._towards(hand + shift, rotation)
+        yield from self._let_go()
+
+    def _let_go(self) -> Iterator[np.ndarray]:
+        """Open the gripper and go back a little."""
         self.grip = OPEN
-        hand = self._hand()[0]
+        hand, rotation = self._hand()
         for _ in range(8):
             yield self._towards(hand, rotation)
         for _ in range(8):
-            yield self._towards(hand + [0, 0, 0.1], rotation)
+            yield self._towards(hand - 0.1 * rotation[:, 2], rotation)
+
+    def _drag(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+        """Slide something that is too flat to be grasped: closed fingers in its middle push its rim from within."""
+        body = self.env.obj_body_id[name]
+        rotation = START.as_matrix()
+
+        def target() -> Pose:
+            middle = self.data.xpos[body].copy()
+            surface = Matter(self.scene, self.bodies[name]).along(middle, -DOWN)[-1][1]
+            return middle - (surface + TIP + 0.002) * DOWN, rotation
+
+        self.grip = CLOSED
+        yield from self._approach(target)
+        for _ in range(2 * PATIENCE):
+            left = (goal() - self.data.xpos[body])[:2]
+            if np.linalg.norm(left) < 0.005:
+                break
+            hand = self._hand()[0]
+            yield self._towards(np.append(hand[:2] + left, target()[0][2]), rotation)
+        for _ in range(8):
+            yield self._towards(self._hand()[0] - 0.1 * DOWN, rotation)
 
     def _operate(self, joint: int, goal: float) -> Iterator[np.ndarray]:
         """Grasp the moving part of a fixture and lead it along its joint."""
         body = int(self.model.jnt_bodyid[joint])
-        axis = self.data.xaxis[joint].copy()
+        axis, anchor = self.data.xaxis[joint].copy(), self.data.xanchor[joint].copy()
         slides = self.model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE
-        if slides:
-            out = axis * np.sign(self.data.qpos[self.model.jnt_qposadr[joint]] - goal)
-            orientations = [(np.stack([[0, 0, 1.0], np.cross(out, [0, 0, 1.0]), out], axis=1), 0.0), (np.stack([[0, 0, -1.0], np.cross(out, [0, 0, -1.0]), out], axis=1), 0.0)]
-        else:
-            orientations = self._from_above(body)
-        grasp = self._grasp(np.array([body]), self.data.xipos[body], orientations)
+        way = goal - self.data.qpos[self.model.jnt_qposadr[joint]]
+
+        def led(position: np.ndarray, rotation: np.ndarray, way: float = way) -> Pose:
+            """The hand's pose after the joint has moved."""
+            if slides:
+                return position + way * axis, rotation
+            turn = Rotation.from_rotvec(way * axis)
+            return anchor + turn.apply(position - anchor), turn.as_matrix() @ rotation
+
+        orientations = self._from_the_front(-axis * np.sign(way)) if slides else self._tilted(self._from_above(body))
+        grasp = grasps.find(self.arm, np.array([body]), self.data.xipos[body], orientations, led)
+        if grasp is None:
+            raise Unreachable(f"the arm can grasp {self.model.body(body).name} nowhere")
         yield from self._take(grasp, body)
         for _ in range(2 * PATIENCE):
             left = goal - self.data.qpos[self.model.jnt_qposadr[joint]]
             if abs(left) < 0.003:
                 break
             position, rotation = self._hand()
-            if slides:
-                yield self._towards(position + left * self.data.xaxis[joint], grasp.rotation)
-            else:
-                turn = Rotation.from_rotvec(np.clip(left, -0.4, 0.4) * self.data.xaxis[joint])
-                anchor = self.data.xanchor[joint]
-                yield self._towards(anchor + turn.apply(position - anchor), turn.as_matrix() @ rotation)
+            yield self._towards(*led(position, grasp.rotation if slides else rotation, left if slides else np.clip(left, -0.4, 0.4)))
+        yield from self._let_go()
 
     # -------------------------------------------------------------------------------------------- geometry and control
 
-    def _place(self, name: str, place: str) -> np.ndarray:
-        """Where the object's origin is to be."""
+    def _place(self, place: str) -> np.ndarray:
+        """Where an object's origin is to be."""
         if place in self.env.object_sites_dict:
             site = self.data.site(place)
-            half = np.abs(site.xmat.reshape(3, 3) @ self.env.object_sites_dict[place].size)
-            return site.xpos + [0, 0, max(half[2] - 0.02, 0.0)]
+            half = self._half_size(place)
+            return site.xpos - max(half[2] - 0.02, 0.0) * DOWN
         return self.data.xpos[self.env.obj_body_id[place]] - [0, 0, 0.01]
+
+    def _half_size(self, place: str) -> np.ndarray:
+        """Of a region, along the world's axes."""
+        return np.abs(self.data.site(place).xmat.reshape(3, 3) @ self.env.object_sites_dict[place].size)
+
+    def _free_spot(self, name: str, place: str) -> np.ndarray:
+        """From the middle of a region to the nearest point in it with nothing above: the inner part of a drawer lies under the cabinet's top."""
+        if place not in self.env.object_sites_dict:
+            return np.zeros(3)
+        middle, half = self._place(place), self._half_size(place)
+        bounds = self.everything.bounds()
+        bounds = bounds[
+            (bounds[:, 1, 2] > self.data.site(place).xpos[2] + half[2] + 0.005) & ~np.isin(self.model.geom_bodyid[self.everything.geoms], self.bodies[name])
+        ]
+        steps = [np.append(half[:2] * part, 0.0) for part in itertools.product(np.linspace(-0.75, 0.75, 7), repeat=2)]
+        radius = self._radius(name) + 0.01
+        for step in sorted(steps, key=np.linalg.norm):
+            at = (middle + step)[:2]
+            if (_gap(bounds, at) > radius).all():
+                return step
+        return np.zeros(3)
+
+    def _radius(self, name: str) -> float:
+        """How far an object reaches to the sides of its origin."""
+        bounds = Matter(self.scene, self.bodies[name]).bounds()[:, :, :2]
+        return float(np.abs(bounds - self.data.xpos[self.env.obj_body_id[name]][:2]).max())
 
     def _height_over(self, start: np.ndarray, end: np.ndarray, radius: float, below: float, above: float, own: set[int]) -> float:
         """The height of a point on the straight way from start to end at which what hangs `below` it, and the hand's body `above` it, clear everything."""
@@ -219,17 +326,17 @@ class ScriptedExpert:
 
     def _wrist(self) -> np.ndarray:
         """From the grip site to where the axes of the arm's joints 5 and 6 meet."""
-        return self.data.xanchor[self.model.joint("robot0_joint6").id] - self.data.site_xpos[self.arm.site]
+        return self.data.xanchor[self.arm.wrist] - self.data.site_xpos[self.arm.site]
 
     def _ceiling(self, position: np.ndarray) -> float:
         """How high the hand can be there without straightening the elbow."""
-        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.model.joint("robot0_joint2").id]
+        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.arm.shoulder]
         level = np.linalg.norm((wrist - shoulder)[:2])
         return float(shoulder[2] + np.sqrt(max(0.0, REACH**2 - level**2)) - (wrist - position)[2])
 
     def _within_reach(self, position: np.ndarray) -> np.ndarray:
         """The point itself, or as far towards it at the same height as the elbow allows."""
-        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.model.joint("robot0_joint2").id]
+        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.arm.shoulder]
         level, height = np.linalg.norm((wrist - shoulder)[:2]), wrist[2] - shoulder[2]
         most = np.sqrt(max(0.0, REACH**2 - height**2))
         if level <= most:
@@ -249,8 +356,13 @@ class ScriptedExpert:
     def _towards(self, position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
         here, turned = self._hand()
         move = GAIN * (self._within_reach(position) - here) / METRES
-        shoulder = self.data.xanchor[self.model.joint("robot0_joint2").id]
-        speed = np.clip((SLOW[1] - np.linalg.norm(here + self._wrist() - shoulder)) / (SLOW[1] - SLOW[0]), SLOW[2], 1)
+        stretched = np.linalg.norm(here + self._wrist() - self.data.xanchor[self.arm.shoulder])
+        speed = np.clip((SLOW[1] - stretched) / (SLOW[1] - SLOW[0]), SLOW[2], 1)
         turn = GAIN * Rotation.from_matrix(rotation @ turned.T).as_rotvec() / RADIANS
         level = speed * move[:2] / max(1.0, np.abs(move[:2]).max())
         return np.concatenate([level, speed * np.clip(move[2:], -1, 1), turn / max(1.0, np.abs(turn).max()), [self.grip]])
+
+
+def _gap(bounds: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """[n]: level distance of a point [2] from boxes [n, 2, 3]."""
+    return np.linalg.norm(np.maximum(np.maximum(bounds[:, 0, :2] - point, point - bounds[:, 1, :2]), 0), axis=1)

@@ -6,7 +6,8 @@ stretch of matter that fits between the open fingers, at a place that the arm re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mujoco
@@ -18,15 +19,22 @@ from vlahub_envs.libero.scene import Scene
 # of the Panda's hand, in m
 OPENING = 0.08  # between the open fingers
 TIP = 0.0095  # the fingers end so far beyond the grip site, which the controller moves
+FINGER = 0.012  # thick
 SIDE = 0.006  # the pads reach so far to both sides, and a little further
 CLEARANCE = 0.006  # between an open finger and what it is to grasp
 DEPTHS = (0.035, 0.028, 0.021, 0.015, 0.011, 0.0075, 0.004, 0.002)  # of the grip site below the object's top; deeper holds better
-SLANT = 0.002  # by which a face may lean over the width of the pads
+SLANT = 0.003  # m by which a face may lean over the width of the pads
+THIN = 0.002  # what is narrower than the pads holds as badly as a face that leans so much
 SPACING = 0.01  # between the lines
+BEFORE = 0.08  # m before a grasp, on the way to it
+TRIED = 400  # grasps, the cheapest first
 EASY = 0.7  # m from the robot's foot up to which the arm is not nearly straight
 SPARE = 0.2  # rad that joints stay away from their ends
-ELBOW = -0.7  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
+ELBOW = (-2.8, -0.7)  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
 SAME_FACE = 0.003  # matter across a gap as narrow as this counts as one piece
+
+
+Pose = tuple[np.ndarray, np.ndarray]  # position [3] and rotation [3, 3]
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,11 @@ class Grasp:
 
     position: np.ndarray  # [3]
     rotation: np.ndarray  # [3, 3]
-    cost: float = 0.0
+    cost: float
+
+    @property
+    def pose(self) -> Pose:
+        return self.position, self.rotation
 
 
 class Matter:
@@ -84,22 +96,28 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
     low, high = matter.extent(aside)
     middle = aside @ centre
     steps = np.arange(np.ceil((low - middle) / SPACING), np.floor((high - middle) / SPACING) + 1)
+    # and through the middle of each part: a handle is narrower than the space between lines
+    through = np.unique(np.concatenate([middle + SPACING * steps, matter.centres @ aside]).round(3))
     for depth in DEPTHS:
-        for v in middle + SPACING * steps:
+        for v in through:
             at = (nearest + depth) * out + v * aside
             lines = [matter.along(at + side * aside, closing) for side in (-SIDE, 0.0, SIDE)]
             for low_face, high_face in lines[1]:
-                # the same piece of matter on the lines to both sides: slanting faces would turn the object between the fingers
-                faces = [(low_face, high_face)]
-                for line in (lines[0], lines[2]):
-                    faces += [face for face in line if face[0] < high_face and face[1] > low_face][:1]
-                faces = np.array(faces)
-                slant, first, last = float(np.abs(faces - faces[0]).max()), faces[:, 0].min(), faces[:, 1].max()
-                if len(faces) < 3 or slant > SLANT or last - first > OPENING - 2 * CLEARANCE:
+                # the same piece of matter on the lines to both sides; a slanting face would turn the object between the fingers
+                sides = [next((face for face in line if face[0] < high_face and face[1] > low_face), None) for line in (lines[0], lines[2])]
+                if sides == [None, None]:
+                    faces, slant = np.array([(low_face, high_face)]), THIN
+                elif None in sides:
+                    continue
+                else:
+                    faces = np.array([(low_face, high_face), *sides])
+                    slant = float(np.abs(faces[1] - faces[2]).max())
+                first, last = faces[:, 0].min(), faces[:, 1].max()
+                if slant > SLANT or last - first > OPENING - 2 * CLEARANCE:
                     continue
                 position = at + (first + last) / 2 * closing
                 away = np.linalg.norm((position - centre)[:2] if abs(out[2]) > 0.5 else position - centre)
-                cost = 0.5 * turn + 200 * slant + 3 * away + 4 * (DEPTHS[0] - depth)
+                cost = 0.5 * turn + 150 * slant + 3 * away + 4 * (DEPTHS[0] - depth)
                 yield Grasp(position, rotation, cost)
 
 
@@ -114,13 +132,14 @@ class Arm:
         self.joints, self.speeds = np.array(robot._ref_joint_pos_indexes), np.array(robot._ref_joint_vel_indexes)
         # near the end of a joint, and with the elbow nearly straight, the controller cannot lead the hand as asked
         self.range = self.model.jnt_range[[self.model.joint(name).id for name in robot.robot_joints]] + [SPARE, -SPARE]
-        self.range[3, 1] = ELBOW
+        self.range[3] = ELBOW
         self.home = np.array(robot.init_qpos)
+        self.shoulder, self.wrist = (self.model.joint(robot.robot_joints[i]).id for i in (1, 5))
         names = [self.model.body(i).name for i in range(self.model.nbody)]
         self.own = np.array([name.startswith(("robot0_link", "robot0_right_hand", "gripper0_")) for name in names])
 
-    def reaches(self, position: np.ndarray, rotation: np.ndarray) -> bool:
-        """Is there a posture of the arm, fingers open, with the grip site there, that touches nothing, nor if the hand is a little beside it?"""
+    def reaches(self, position: np.ndarray, rotation: np.ndarray, play: float) -> bool:
+        """Is there a posture of the arm, fingers open, with the grip site there, that touches nothing, nor with the hand `play` metres beside it?"""
         data = self.data
         data.qpos[:] = self.scene.data.qpos
         data.qpos[self.joints], data.qpos[self.scene.fingers] = self.home, (OPENING / 2, -OPENING / 2)
@@ -139,7 +158,9 @@ class Arm:
         else:
             return False
         posture = data.qpos[self.joints].copy()
-        for shift in ((0, 0), (CLEARANCE, 0), (-CLEARANCE, 0), (0, CLEARANCE), (0, -CLEARANCE)):
+        if (posture <= self.range[:, 0]).any() or (posture >= self.range[:, 1]).any():
+            return False  # on its way there the controller would have turned that joint even further
+        for shift in ((0, 0), (play, 0), (-play, 0), (0, play), (0, -play)):
             data.qpos[self.joints] = posture + inverse @ np.append(rotation[:, :2] @ shift, np.zeros(3))
             mujoco.mj_fwdPosition(self.model, data)
             pairs = self.model.geom_bodyid[np.array([contact.geom for contact in data.contact], int).reshape(-1, 2)]
@@ -148,27 +169,53 @@ class Arm:
         return True
 
 
-def find(arm: Arm, bodies: np.ndarray, centre: np.ndarray, orientations: list[tuple[np.ndarray, float]]) -> Grasp | None:
+def find(
+    arm: Arm, bodies: np.ndarray, centre: np.ndarray, orientations: list[tuple[np.ndarray, float]], after: Callable[[np.ndarray, np.ndarray], Pose]
+) -> Grasp | None:
     """The cheapest grasp of `bodies` within reach.
 
     Args:
         centre: [3] better near this point: the centre of mass.
         orientations: of the hand, each with its distance in rad from the easiest.
+        after: where the hand will be, from where it grasps, when the object is in its place. Grasps with which it can open there come first.
     """
     matter, others = Matter(arm.scene, bodies), Matter(arm.scene, np.setdiff1d(np.flatnonzero(~arm.own), bodies))
-    base = arm.scene.data.xpos[arm.model.body("robot0_base").id]
+    everything = Matter(arm.scene, np.flatnonzero(~arm.own))
+    foot = arm.scene.data.xpos[arm.model.body("robot0_base").id]
 
     def cost(grasp: Grasp) -> float:
-        return grasp.cost + 25 * max(0.0, float(np.linalg.norm((grasp.position - base)[:2])) - EASY)
+        return grasp.cost + 25 * max(0.0, float(np.linalg.norm((grasp.position - foot)[:2])) - EASY)
 
-    grasps = sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn)), key=cost)
-    for grasp in grasps[:400]:
-        # the fingers meet in the middle of the hand; what is off the middle is pushed there, so that a finger has room outside
-        for shift in (0.0, 0.012, -0.012, 0.024, -0.024):
-            position = grasp.position + shift * grasp.rotation[:, 0]
-            if _alone(others, position, grasp.rotation) and arm.reaches(position, grasp.rotation):
-                return Grasp(position, grasp.rotation, grasp.cost)
+    def fitting() -> Iterator[Grasp]:
+        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn)), key=cost):
+            # the fingers meet in the middle of the hand; what is off the middle is pushed there, so that a finger has room outside
+            for shift in (0.0, 0.012, -0.012, 0.024, -0.024):
+                shifted = Grasp(grasp.position + shift * grasp.rotation[:, 0], grasp.rotation, grasp.cost)
+                if _fingers_fit(everything, *shifted.pose) and _alone(others, *shifted.pose):
+                    yield shifted
+
+    tried = list(itertools.islice(fitting(), TRIED))
+    for play in (CLEARANCE, CLEARANCE / 3):
+        spare = None
+        for grasp in tried:
+            before = grasp.position - BEFORE * grasp.rotation[:, 2]
+            if arm.reaches(*grasp.pose, play) and arm.reaches(before, grasp.rotation, play):
+                if arm.reaches(*after(*grasp.pose), play):
+                    return grasp
+                spare = spare or grasp
+        if spare is not None:
+            return spare
     return None
+
+
+def _fingers_fit(everything: Matter, position: np.ndarray, rotation: np.ndarray) -> bool:
+    """Is nothing where the open fingers will be, nor behind them? A quick test before the exact one."""
+    closing, _, out = rotation.T
+    for finger in (-1, 1):
+        middle = position + finger * (OPENING / 2 + FINGER / 2) * closing
+        if any(low < TIP and high > -BEFORE for low, high in everything.along(middle, out)):
+            return False
+    return True
 
 
 def _alone(others: Matter, position: np.ndarray, rotation: np.ndarray) -> bool:

@@ -25,6 +25,22 @@ TASKS = {
         "Pass a tall block from the left hand to the right, which stands it on a pad.",
         "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
     ),
+    "LiftPot": (
+        "Lift a pot by its two handles.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "MoveCanPot": (
+        "Put a can down beside a pot, on the can's own side.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "OpenMicrowave": (
+        "Pull the door of a microwave open.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "PickDualBottles": (
+        "Pick up two bottles, one with each hand, and bring them to the middle.",
+        "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
     "PlaceContainerPlate": (
         "Put a bowl or a cup on a plate.",
         "the expert solves 46 of 50 layouts (seeds 0 to 49, stand-ins)",
@@ -44,6 +60,10 @@ TASKS = {
     "StackBlocksTwo": (
         "Stack the green cube on the red one.",
         "the expert solves 50 of 50 layouts (seeds 0 to 49, stand-ins)",
+    ),
+    "TurnSwitch": (
+        "Flip a rocker switch with a closed gripper.",
+        "the expert solves 48 of 50 layouts (seeds 0 to 49, stand-ins)",
     ),
 }
 

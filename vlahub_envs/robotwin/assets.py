@@ -242,6 +242,10 @@ class StandIns:
 
     def model(self, name: str, model_id: int) -> Model:
         record = _measurements()[name][str(model_id)]
+        if "joints" in record:
+            from vlahub_envs.robotwin import jointed  # it builds on this module
+
+            return jointed.standin(name, model_id, record)
         size, center = np.array(record["size"]), np.array(record["center"])
         points = {kind: _points(record.get(kind, ())) for kind in ("contact", "functional")}
         return Model(name, model_id, size, center, points, solids=STANDINS[name](size, center, points["contact"]))
@@ -267,6 +271,15 @@ class Official:
 
     def model(self, name: str, model_id: int) -> Model:
         folder = self.folder / "objects" / name
+        variants = sorted((entry for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir()), key=lambda entry: int(entry.name))
+        if variants:  # an object with joints: one folder per model, which are counted in the order of their numbers
+            from vlahub_envs.robotwin import jointed  # it builds on this module
+
+            if model_id >= len(variants):
+                raise FileNotFoundError(
+                    f"the official assets lack number {model_id} of {name}: {folder} has {len(variants)} models; {releases.how_to_get('robotwin')}"
+                )
+            return jointed.official(name, model_id, variants[model_id])
         record_file = folder / f"model_data{model_id}.json"
         files = {kind: folder / kind / f"base{model_id}.glb" for kind in ("visual", "collision")}
         for file in (record_file, *files.values()):

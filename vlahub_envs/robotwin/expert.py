@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from vlahub_envs.robotwin.kinematics import pose
+from vlahub_envs.robotwin.kinematics import Solution, pose
 from vlahub_envs.robotwin.robot import SIDES
+from vlahub_envs.robotwin.room import TABLE_TOP
 from vlahub_envs.robotwin.scene import Thing
 from vlahub_envs.robotwin.simulation import RoboTwin
 from vlahub_envs.robotwin.trajectory import RECORD_EVERY, rest_to_rest, through
@@ -18,10 +19,13 @@ from vlahub_envs.robotwin.trajectory import RECORD_EVERY, rest_to_rest, through
 GRIP_STEPS = 300  # physics steps of closing or opening: 200 to move, 100 to settle
 TILTS = np.linspace(0, 0.9, 10)  # rad: if a grasp is out of reach, the hand tips over, about the axis that the fingers open along, to point more forwards
 STRAIGHT_STEP = 0.02  # m between the points at which a straight line is turned into joints
+ARC_STEP = 0.1  # rad between the points at which an arc is turned into joints
+SWINGS = (1.0, 0.7, 0.4, 0.0)  # how much of an arc a hand may turn with it
 LARGEST_TURN = 0.6  # rad of a joint between two such points
 NEARLY = 0.15 * np.pi  # rad: so near to an easy direction a grasp counts as easy
 LEVEL = -0.7  # of the z of a hand's x axis: below, the hand points down
 ASIDE = (0, 0.3, -0.3, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)  # rad: how far off the easiest way a hand that puts something down may be turned
+WRIST = 0.026  # m: radius of the wrist, and a little
 ORIGIN_AS_POINT = pose(rotation=Rotation.from_quat([np.sqrt(0.5), 0, 0, np.sqrt(0.5)]))  # z down, in a y-up object
 # orientations of the hand that it takes easily: pointing down with the camera on the far side, and forwards to the other arm's side
 EASY = {
@@ -87,18 +91,38 @@ class Hands:
             return self._actions(start[None], self.robot.grippers[None])
         if count > 1 and np.abs(np.diff(path, axis=0)).max() > LARGEST_TURN:
             path = [start, path[-1]]  # the line leads past a posture in which the arm has to turn over
-        positions, _, _ = through(np.array(path)) if len(path) > 2 else rest_to_rest(start, path[-1])
+        return self._moves(path)
+
+    def _moves(self, path: list[np.ndarray]) -> np.ndarray:
+        """The actions that lead through joints [12], the first of which are the present ones."""
+        positions, _, _ = through(np.array(path)) if len(path) > 2 else rest_to_rest(*path)
         last = len(positions) - 1
         rows = np.append(np.arange(RECORD_EVERY - 1, last, RECORD_EVERY), last)  # at the rate of the demonstrations, and the end itself
         return self._actions(positions[rows], np.repeat(self.robot.grippers[None], len(rows), axis=0))
 
     def joints_for(self, side: str, target: np.ndarray, start: np.ndarray) -> np.ndarray:
         """[6] joints for a world pose of link6, near the joints `start`."""
-        solution = self.robot.arms[side].inverse(target, start)
+        solution = self._solve(side, target, start)
         if not solution.reached:
             where = np.round(target[:3, 3], 3).tolist()
             raise Unreachable(f"the {side} hand cannot reach {where}: {solution.position_error:.3f} m, {solution.rotation_error:.2f} rad off")
         return solution.joints
+
+    def _solve(self, side: str, target: np.ndarray, start: np.ndarray) -> Solution:
+        """Inverse kinematics near `start`; if that has the wrist on the table, with the wrist turned over, where this helps."""
+        arm = self.robot.arms[side]
+
+        def above(joints: np.ndarray) -> bool:
+            return arm.joint_positions(joints)[:, 2].min() > TABLE_TOP + self.simulation.scene.lowered + WRIST
+
+        solution = arm.inverse(target, start)
+        if not solution.reached or above(solution.joints):
+            return solution
+        for over in self.robot.kind.wrist_turns:
+            other = arm.inverse(target, solution.joints + over)
+            if other.reached and above(other.joints):
+                return other
+        return solution
 
     def reaches(self, side: str, *targets: np.ndarray) -> bool:
         """Can a hand go to all these poses, one after the other?"""
@@ -106,7 +130,7 @@ class Hands:
             return False
         joints = self.robot.joints[self.robot.part[side]]
         for target in targets:
-            solution = self.robot.arms[side].inverse(target, joints)
+            solution = self._solve(side, target, joints)
             if not solution.reached:
                 return False
             joints = solution.joints
@@ -127,12 +151,32 @@ class Hands:
         """Out along the gripper, away from what is in front of it."""
         return self.shift(side, -by * self.robot.hand(side)[:3, 0])
 
+    def swing(self, side: str, point: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:
+        """Along an arc of `angle` rad about an axis [3] through a point [3], as one opens a door: turning with it, or less if the arm cannot follow."""
+        start = self.robot.hand(side)
+        arm = start[:3, 3] + self.robot.tcp * start[:3, 0] - point
+        best: list[np.ndarray] = []
+        for share in SWINGS:
+            path = [self.robot.joints]
+            for part in np.arange(ARC_STEP, angle, ARC_STEP):
+                turn = Rotation.from_rotvec(share * part * axis) * Rotation.from_matrix(start[:3, :3])
+                goal = pose(point + Rotation.from_rotvec(part * axis).apply(arm) - self.robot.tcp * turn.as_matrix()[:, 0], turn)
+                solution = self._solve(side, goal, path[-1][self.robot.part[side]])
+                if not solution.reached or np.abs(solution.joints - path[-1][self.robot.part[side]]).max() > LARGEST_TURN:
+                    break
+                path.append(path[-1].copy())
+                path[-1][self.robot.part[side]] = solution.joints
+            best = max(best, path, key=len)
+        if len(best) < 2:
+            raise Unreachable(f"the {side} hand cannot move along the arc about {np.round(point, 3).tolist()}")
+        return self._moves(best)
+
     def grip(self, side: str, value: float) -> np.ndarray:
-        """Move one gripper to `value` (0 closed ... 1 open) and let it settle, the arms at rest."""
+        """Move the gripper of one side, or of "both", to `value` (0 closed ... 1 open) and let it settle, the arms at rest."""
         count = GRIP_STEPS // RECORD_EVERY
         grippers = np.repeat(self.robot.grippers[None], count, axis=0)
-        i = SIDES.index(side)
-        grippers[:, i] += (value - grippers[:, i]) * np.minimum(1, np.arange(1, count + 1) / (count * 2 / 3))
+        for i in range(2) if side == "both" else [SIDES.index(side)]:
+            grippers[:, i] += (value - grippers[:, i]) * np.minimum(1, np.arange(1, count + 1) / (count * 2 / 3))
         return self._actions(np.repeat(self.robot.joints[None], count, axis=0), grippers)
 
     def grasp_pose(self, side: str, thing: Thing, point: int = 0, back: float = 0.0) -> np.ndarray:
@@ -192,6 +236,33 @@ class Hands:
         yield self.move(side, at, straight=True)
         yield self.grip(side, 0.0)
 
+    def press(self, side: str, thing: Thing, point: int = 0, pre: float = 0.1, lower: float = 0.0) -> Iterator[np.ndarray]:
+        """To `pre` metres before a contact point, then straight on until the fingertips are as deep in it as fingers that grasp there.
+
+        Args:
+            lower: m, how far below the point to press, along the hand's z axis.
+        """
+        contact = np.linalg.inv(thing.pose) @ thing.point("contact", point) @ pose((-lower, 0, 0))  # its x axis is the hand's z axis
+        before, at = self._grasps(side, thing, [contact], (pre, 0.0))
+        yield self.move(side, before)
+        yield self.move(side, at, straight=True)
+
+    def grasp_both(
+        self, things: dict[str, Thing], points: dict[str, Sequence[int]], pre: float = 0.1, deep: float = 0.0, lift: float = 0.0
+    ) -> Iterator[np.ndarray]:
+        """`grasp` with both hands at once, in a way that lets them rise by `lift` metres afterwards. `things` and `points`: what the "left" and the "right" hand take, and where."""
+        up = pose((0, 0, lift))
+        ways = {
+            side: self._grasps(side, things[side], points[side], (pre, -deep), lambda hand, side=side: self.reaches(side, hand, up @ hand)) for side in SIDES
+        }
+        yield self.go(**{side: before for side, (before, _) in ways.items()})
+        yield self.go(straight=True, **{side: at for side, (_, at) in ways.items()})
+        yield self.grip("both", 0.0)
+
+    def shift_both(self, by: Sequence[float]) -> np.ndarray:
+        """Both hands by the same displacement in the world."""
+        return self.go(straight=True, **{side: pose(by) @ self.robot.hand(side) for side in SIDES})
+
     def place(
         self,
         side: str,
@@ -226,9 +297,30 @@ class Hands:
         if release:
             yield self.grip(side, 1.0)
 
-    def can_place(self, side: str, thing: Thing, target: np.ndarray, hand: np.ndarray, pre: float = 0.1, dis: float = 0.02) -> bool:
-        """Could the hand `place` the object as it lies now, with `align`, if it took it with link6 at the pose `hand` [4, 4]?"""
-        return bool(self._placements(side, thing, target, hand, 0, (pre, dis), (0.0,), align=True))
+    def place_both(self, things: dict[str, Thing], targets: dict[str, np.ndarray]) -> np.ndarray:
+        """Bring functional point 0 of what each hand holds onto its target [4, 4], both at once, and keep hold of it."""
+        goals = {}
+        for side in SIDES:
+            found = self._placements(side, things[side], targets[side], self.hand_as_it_is(side), 0, (0.0,), (0.0,), align=False)
+            if not found:
+                raise Unreachable(f"the {side} hand cannot put {things[side].name} to {np.round(targets[side][:3, 3], 3).tolist()}")
+            goals[side] = found[0]
+        return self.go(**goals)
+
+    def can_place(
+        self,
+        side: str,
+        thing: Thing,
+        target: np.ndarray,
+        hand: np.ndarray,
+        point: int | None = 0,
+        pre: float = 0.1,
+        dis: float = 0.02,
+        tilts: Sequence[float] = (0.0,),
+        align: bool = False,
+    ) -> bool:
+        """Could the hand `place` the object as it lies now, if it took it with link6 at the pose `hand` [4, 4]?"""
+        return bool(self._placements(side, thing, target, hand, point, (pre, dis), tilts, align))
 
     def _placements(
         self,

@@ -125,6 +125,10 @@ class Arm:
             frames.append(frames[-1] @ step)
         return frames
 
+    def joint_positions(self, joints: np.ndarray) -> np.ndarray:
+        """[6] -> where the joints are in the world, [6, 3]."""
+        return np.stack(self._frames(joints))[:, :3, 3]
+
     def too_far(self, target: np.ndarray) -> bool:
         """Is `target` [4, 4] further from the first joint than the stretched arm is long?"""
         return bool(np.linalg.norm(target[:3, 3] - self.origins[0][:3, 3]) > self.length)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import sapien
+from sapien.physx import PhysxArticulation
+from sapien.wrapper.articulation_builder import ArticulationBuilder
 from sapien.wrapper.urdf_loader import URDFLoader
 from scipy.spatial.transform import Rotation
 
@@ -123,6 +125,7 @@ class Embodiment:
     span: float  # ... and how much more at 1
     tcp: float  # m along the hand's x to the point that grasps are planned for
     starts: Sequence[Sequence[float]] = STARTS  # of inverse kinematics
+    wrist_turns: Sequence[Sequence[float]] = ()  # rad, what to add to the joints to hold nearly the same hand with the wrist on its other side
 
     @property
     def joints(self) -> int:
@@ -142,7 +145,20 @@ ALOHA = Embodiment(
     closed=GRIPPER_CLOSED,
     span=GRIPPER_SPAN,
     tcp=TCP,
+    # the wrist's joint below the hand or above it, half a turn of the last joint apart
+    wrist_turns=[(0, 0, 0, pitch, 0, roll) for pitch in (0, np.pi, -np.pi) for roll in (np.pi, -np.pi)],
 )
+
+
+def build_bodies(builder: ArticulationBuilder, world: sapien.Scene, fixed: bool) -> PhysxArticulation:
+    """The bodies that collide, in a physics world; what is seen of them is on the stage. `fixed`: the root link stays where it is."""
+    looks = [link.visual_records for link in builder.link_builders]
+    for link in builder.link_builders:
+        link.visual_records = []
+    articulation = builder.set_scene(world).build(fix_root_link=fixed)
+    for link, records in zip(builder.link_builders, looks, strict=True):
+        link.visual_records = records
+    return articulation
 
 
 class Robot:
@@ -178,13 +194,7 @@ class Robot:
     def enter(self, world: sapien.Scene) -> None:
         """Stand in a physics world, at home, grippers open, at rest."""
         self.leave()
-        looks = [link.visual_records for link in self.builder.link_builders]
-        for link in self.builder.link_builders:
-            link.visual_records = []  # this is the body that collides; what is seen of it is on the stage
-        self.builder.set_scene(world)
-        self.articulation = articulation = self.builder.build(fix_root_link=True)
-        for link, records in zip(self.builder.link_builders, looks, strict=True):
-            link.visual_records = records
+        self.articulation = articulation = build_bodies(self.builder, world, fixed=True)
         self.links = {link.name: link for link in articulation.links}
         for link in articulation.links:
             link.mass = LINK_MASS
@@ -227,6 +237,11 @@ class Robot:
     def gripper(self, side: str) -> float:
         """The commanded value of one gripper."""
         return float(self.grippers[SIDES.index(side)])
+
+    def grasp_point(self, side: str) -> np.ndarray:
+        """[3] the point between the fingers that grasps are planned for, where the physics has it."""
+        hand = self.hand_as_it_is(side)
+        return hand[:3, 3] + self.tcp * hand[:3, 0]
 
     def hand(self, side: str) -> np.ndarray:
         """World pose of the hand [4, 4] as commanded."""

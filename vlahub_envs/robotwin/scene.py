@@ -16,9 +16,13 @@ from sapien.physx import (
     PhysxRigidDynamicComponent,
     PhysxRigidStaticComponent,
 )
+from sapien.wrapper.articulation_builder import ArticulationBuilder
+from scipy.spatial.transform import Rotation
 
 from vlahub_envs.robotwin.assets import Brick, Model, Official, StandIns
-from vlahub_envs.robotwin.robot import ALOHA, Embodiment, Robot
+from vlahub_envs.robotwin.jointed import Jointed, JointedModel
+from vlahub_envs.robotwin.kinematics import pose
+from vlahub_envs.robotwin.robot import ALOHA, Embodiment, Robot, build_bodies
 from vlahub_envs.robotwin.room import GROUND, PLAIN, ROOM
 from vlahub_envs.robotwin.stage import NEAR, NEAR_WRIST_STANDIN, Stage, render_system
 from vlahub_envs.robotwin.trajectory import TIMESTEP
@@ -33,11 +37,19 @@ class Thing:
 
     def __init__(self, name: str, model: Model, entity: sapien.Entity, body: PhysxRigidStaticComponent | PhysxRigidDynamicComponent):
         self.name, self.model, self.entity, self.body = name, model, entity, body
+        self.free = isinstance(body, PhysxRigidDynamicComponent)
+        self.parts = [(model, entity)]  # what is drawn, and the entity that it follows
+
+    @property
+    def asleep(self) -> bool:
+        return bool(self.body.is_sleeping)
 
     @property
     def pose(self) -> np.ndarray:
         """[4, 4] in the world."""
         return self.entity.pose.to_transformation_matrix()
+
+    frame = pose  # of the model's measurements
 
     @property
     def position(self) -> np.ndarray:
@@ -66,7 +78,8 @@ class Scene:
         self.robot = Robot(embodiment, official)
         near_wrist = NEAR if official else NEAR_WRIST_STANDIN
         self.stage = Stage(self.robot.builder, self.robot.base, renderer, shader, shadows, near_wrist)
-        self.things: dict[str, Thing] = {}
+        self.things: dict[str, Thing | Jointed] = {}
+        self._builders: dict[tuple, ArticulationBuilder] = {}  # of objects with joints: their files are read once
         self.clear()
 
     def clear(self, lowered: float = 0.0) -> None:
@@ -95,8 +108,18 @@ class Scene:
             builder.build_static(box.name)
         self.robot.enter(self.world)
 
-    def add(self, name: str, model: Model, where: sapien.Pose, static: bool = False, mass: float = OBJECT_MASS) -> Thing:
-        """Put an object in. `name` is how the task calls it; `where` is its pose on a table of the usual height."""
+    def add(self, name: str, model: Model, where: sapien.Pose, static: bool = False, mass: float = OBJECT_MASS) -> Thing | Jointed:
+        """Put an object in.
+
+        Args:
+            name: how the task calls it.
+            where: its pose, on a table of the usual height.
+            static: it stays where it is; one with joints, its base.
+            mass: kg; of one with joints, of each link.
+        """
+        where = sapien.Pose([0, 0, self.lowered]) * where
+        if isinstance(model, JointedModel):
+            return self._add_jointed(name, model, where, static, mass)
         material = PhysxMaterial(*model.friction)
         if model.collision is not None:
             builder = self.world.create_actor_builder()
@@ -120,21 +143,34 @@ class Scene:
         entity = sapien.Entity()
         entity.name = model.name
         entity.add_component(body)
-        entity.set_pose(sapien.Pose([0, 0, self.lowered]) * where)
+        entity.set_pose(where)
         self.world.add_entity(entity)
         self.things[name] = Thing(name, model, entity, body)
         return self.things[name]
 
+    def _add_jointed(self, name: str, model: JointedModel, where: sapien.Pose, static: bool, mass: float) -> Jointed:
+        if model.key not in self._builders:
+            self._builders[model.key] = model.builder()
+        builder = self._builders[model.key]
+        turn, at = where.to_transformation_matrix()[:3, :3], where.p + model.shift[:3, 3]
+        builder.set_initial_pose(sapien.Pose(pose(at, Rotation.from_matrix(model.shift[:3, :3] @ turn))))
+        articulation = build_bodies(builder, self.world, fixed=static)
+        articulation.set_qpos(articulation.get_qpos())  # until then, or the first step, its links are nowhere
+        for link in articulation.links:
+            link.mass = mass
+        self.things[name] = Jointed(name, model, articulation, builder, static)
+        return self.things[name]
+
     def settle(self) -> bool:
         """Let what was put in come to rest, the robot at home. -> did it? If all bodies fall asleep before, the rest of the time would change nothing."""
-        free = [thing for thing in self.things.values() if isinstance(thing.body, PhysxRigidDynamicComponent)]
+        free = [thing for thing in self.things.values() if thing.free]
         if not free:
             return True
         robot = self.robot
         robot.command(robot.joints, np.zeros_like(robot.joints), robot.grippers)  # at home the forces that hold it up stay the same
         for _ in range(SETTLE_STEPS):
             self.step()
-            if all(thing.body.is_sleeping for thing in free):
+            if all(thing.asleep for thing in free):
                 return True
         before = [thing.entity.pose.q for thing in free]
         for _ in range(WATCH_STEPS):
@@ -144,7 +180,7 @@ class Scene:
     def ready(self) -> None:
         """Called when every object is in: draw them from here on."""
         self.stage.lower_table(self.lowered)
-        self.stage.show({name: link.entity for name, link in self.robot.links.items()}, [(thing.model, thing.entity) for thing in self.things.values()])
+        self.stage.show({name: link.entity for name, link in self.robot.links.items()}, [part for thing in self.things.values() for part in thing.parts])
 
     def step(self) -> None:
         self.physics.step()

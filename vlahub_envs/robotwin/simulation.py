@@ -172,7 +172,7 @@ class RoboTwin:
                 scene.stage.paint(name, None if number is None else scenery.picture(self.instruction_set, number, self._backgrounds))
                 words.append(f"{name} {'plain' if number is None else f'{self.instruction_set}/{number}'}")
         if how.clutter and random.uniform() >= how.plain_rate:
-            taken = [clutter.footprint(thing.model, thing.pose) for thing in scene.things.values()]
+            taken = [clutter.footprint(thing.model, thing.frame) for thing in scene.things.values()]
             strewn = clutter.strew(random, scene.assets, self._distractors, [*taken, *self.task.keep_free])
             for i, (model, where) in enumerate(strewn):
                 scene.add(f"clutter {i}", model, where)

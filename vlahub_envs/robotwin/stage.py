@@ -14,6 +14,7 @@ from sapien.wrapper.articulation_builder import ArticulationBuilder
 
 from vlahub.doctor import SOFTWARE_VULKAN
 from vlahub_envs.robotwin.assets import Model
+from vlahub_envs.robotwin.jointed import LinkLooks
 from vlahub_envs.robotwin.randomization import PLAIN_LIGHTS, Lights
 from vlahub_envs.robotwin.room import GROUND, ROOM
 
@@ -149,7 +150,7 @@ class Stage:
         """A fixed camera so far [3] off its place."""
         self.cameras[name].entity.set_pose(sapien.Pose(offset) * VIEWS[name].pose())
 
-    def show(self, robot_links: dict[str, sapien.Entity], objects: list[tuple[Model, sapien.Entity]]) -> None:
+    def show(self, robot_links: dict[str, sapien.Entity], objects: list[tuple[Model | LinkLooks, sapien.Entity]]) -> None:
         """Draw from here on the robot and the objects of a new physics world."""
         for entity, _ in self._shown:
             if entity not in self.links.values():
@@ -171,8 +172,11 @@ class Stage:
             self.sapien.add_entity(body)
             self._shown.append((body, entity))
 
-    def _body(self, model: Model) -> sapien.Entity:
+    def _body(self, model: Model | LinkLooks) -> sapien.Entity:
         entity = sapien.Entity()
+        if isinstance(model, LinkLooks):
+            entity.add_component(model.builder.build_render_component())
+            return entity
         if model.visual is not None:
             builder = self.sapien.create_actor_builder()
             builder.add_visual_from_file(str(model.visual), scale=model.scale)

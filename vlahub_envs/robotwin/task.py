@@ -60,7 +60,7 @@ class Draws:
         self,
         x: tuple[float, float],
         y: tuple[float, float],
-        z: float = SPAWN_HEIGHT,
+        z: float | tuple[float, float] = SPAWN_HEIGHT,
         base: Rotation | None = None,
         turn: tuple[float, float, float] | None = None,
         redraw_while: Callable[[np.ndarray], bool] = lambda position: False,
@@ -69,7 +69,7 @@ class Draws:
         """A pose, uniform within limits.
 
         Args:
-            x, y: limits of the position.
+            x, y: limits of the position. `z`: its height, or limits of it.
             base: the orientation to start from; upright for a y-up object by default.
             turn: half ranges of three Euler angles in the object's own frame, drawn even where one is 0. None draws none.
             redraw_while: draw again while this holds for the position.
@@ -80,7 +80,7 @@ class Draws:
             position = np.array([self.random.uniform(*x), self.random.uniform(*y), 0])
             while near_in_the_middle and abs(position[0]) < 0.15 and position[1] > 0:
                 position[1] = self.random.uniform(y[0], 0)
-            position[2] = self.random.uniform(z, z)
+            position[2] = self.random.uniform(*(z if isinstance(z, tuple) else (z, z)))
             if turn is not None:
                 angles = [self.random.uniform(-limit, limit) for limit in turn]
             if not redraw_while(position):

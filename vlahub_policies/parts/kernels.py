@@ -1,4 +1,4 @@
-"""Triton kernels for inference in bf16 on CUDA: a Gemma layer in five launches instead of some fifteen, and attention of many query heads to one key/value head.
+"""Triton kernels for inference in bf16 on CUDA: a Gemma layer in five launches instead of some fifteen, and attention of query heads that share keys.
 
 One decision at batch 1 runs 50 tokens through 18 layers ten times. Each product then takes a few microseconds, as much as a launch, so what surrounds a product
 (norm before; rotation, gate, residual after) is done where the product is. A product with few columns is divided along its depth too, and a kernel starts, and
@@ -8,6 +8,7 @@ asks for its weights, while the one before it still runs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vlahub_policies.parts.gemma import GemmaLayer, KeysValues
+from vlahub_policies.parts.gemma import Gemma, KeysValues
 
-ROWS = 64  # rows of a tile; more tokens than this take the ordinary path
+ROWS = 64  # rows of a tile; as many tokens or more take the ordinary path
+COUNTERS = 512  # more than any product has tiles
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Tile:
 
 
 # Measured on an H200, `python benchmarks/kernel_tiles.py`. Fixed rather than chosen at the first call, so that results repeat from run to run.
-TILES = {"qkv": Tile(16, 128, 4, 4), "out": Tile(32, 128, 4, 4, 4), "gate_up": Tile(32, 128, 8, 3), "down": Tile(32, 128, 4, 4, 4)}
-ATTENTION = (16, 4, 4)
+TILES = {"qkv": Tile(16, 256, 4, 3), "out": Tile(32, 128, 4, 4, 4), "gate_up": Tile(32, 128, 4, 4), "down": Tile(32, 128, 4, 4, 8)}
+ATTENTION = (16, 4, 5)  # queries, warps, parts of the keys
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> int:
+def _overlaps(device: torch.device) -> bool:
     """Whether a kernel can start before the one ahead of it has ended (programmatic dependent launch)."""
-    return 2 if torch.version.cuda is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else 0
+    return torch.version.cuda is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 # ------------------------------------------------------------------------------------------------ products
@@ -59,13 +61,19 @@ def _fetch(weights, columns, low, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.co
 
 
 @triton.jit
-def _rows_by_weights(x, weights, norm, shift, columns, rows, low, M, K: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    """x [M, low .. low + DEPTH of K] times the rows `columns` of weights [N, K] -> [BM, BN]. NORM: of x's RMS norm times (1 + norm); SHIFT: plus shift, as the adaptive norm has it."""
+def _begin(weights, columns, low, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
+    """Let the next kernel start, ask for the weights, and wait for the kernel before to end: only then is its output there."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        if K % DEPTH == 0 and DEPTH % 128 == 0:  # else a piece could reach beyond the weights, or be no multiple of 16 bytes
+            _fetch(weights, columns, low, N, K, DEPTH)
+        gdc_wait()
+
+
+@triton.jit
+def _product(x, weights, columns, rows, low, M, K: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """x [M, low .. low + DEPTH of K] times the rows `columns` of weights [N, K] -> [BM, BN]"""
     total = tl.zeros((BM, BN), tl.float32)
-    if NORM:
-        squares = tl.zeros((BM, BK), tl.float32)
-    if SHIFT:
-        moved = tl.zeros((BN, BK), tl.float32)
     for step in range(0, DEPTH, BK):
         k = low + step + tl.arange(0, BK)
         a_inside, b_inside = rows[:, None] < M, columns[:, None] < N
@@ -73,28 +81,41 @@ def _rows_by_weights(x, weights, norm, shift, columns, rows, low, M, K: tl.const
             a_inside, b_inside = a_inside & (k[None, :] < K), b_inside & (k[None, :] < K)
         a = tl.load(x + rows[:, None] * K + k[None, :], mask=a_inside, other=0.0)
         b = tl.load(weights + columns[:, None] * K + k[None, :], mask=b_inside, other=0.0)
-        if NORM:
-            exact = a.to(tl.float32)
-            squares += exact * exact
-            a = (exact * (1.0 + tl.load(norm + k, mask=k < K, other=0.0))[None, :]).to(a.dtype)
-        if SHIFT:
-            moved += b.to(tl.float32) * tl.load(shift + k, mask=k < K, other=0.0)[None, :]
         total = tl.dot(a, tl.trans(b), total)
-    if NORM:
-        total = total * tl.rsqrt(tl.sum(squares, 1) / K + 1e-6)[:, None]
-    if SHIFT:
-        total = total + tl.sum(moved, 1)[None, :]
     return total
 
 
+# The RMS norm before a product is taken apart, so that the product's loop only loads and multiplies: the kernel that makes x also makes `scaled` = x (1 + scale)
+# and the sums of squares over each of its tiles of columns; the product then multiplies its rows by 1 / rms. The adaptive norm's shift is one further row of `scaled`.
+
+
 @triton.jit
-def _begin(weights, columns, low, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """Let the next kernel start, ask for the weights, and wait for the kernel before to end: only then is its output there."""
-    if OVERLAP > 0:
-        gdc_launch_dependents()
-        if OVERLAP > 1:
-            _fetch(weights, columns, low, N, K, DEPTH)
-        gdc_wait()
+def _hand_on(x, place, rows, columns, tile, inside, out, scaled, sums, scale, shift, M, N: tl.constexpr, SHIFT: tl.constexpr):
+    """Store x [BM, BN], and what the next norm needs of it."""
+    x = x.to(out.dtype.element_ty)
+    tl.store(out + place, x, mask=inside)
+    x = tl.where(inside, x.to(tl.float32), 0.0)
+    tl.store(sums + tile * M + rows, tl.sum(x * x, 1), mask=rows < M)
+    x = x * (1.0 + tl.load(scale + columns, mask=columns < N, other=0.0).to(tl.float32))[None, :]
+    if SHIFT:
+        x = tl.where(rows[:, None] == M, tl.load(shift + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :], x)
+    tl.store(scaled + place, x.to(scaled.dtype.element_ty), mask=(rows[:, None] < M + SHIFT) & (columns[None, :] < N))
+
+
+@triton.jit
+def _inverse_rms(sums, rows, M, N: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    part = tl.arange(0, SLOTS)
+    squares = tl.load(sums + part[:, None] * M + rows[None, :], mask=(part[:, None] < PARTS) & (rows[None, :] < M), other=0.0)
+    return tl.rsqrt(tl.sum(squares, 0) / N + 1e-6)
+
+
+@triton.jit
+def _normed_product(scaled, sums, weights, columns, rows, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """The norm of x [M, K] times the rows `columns` of weights [N, K] -> [BM, BN]"""
+    rms = _inverse_rms(sums, rows, M, K, PARTS, SLOTS)
+    total = _product(scaled, weights, columns, rows, 0, M + SHIFT, K, N, (K + BK - 1) // BK * BK, BM, BN, BK)
+    moved = tl.sum(tl.where((rows == M)[:, None], total, 0.0), 0) if SHIFT else 0.0
+    return total * rms[:, None] + (moved[None, :] if SHIFT else 0.0)
 
 
 @triton.jit
@@ -114,19 +135,40 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _norm_qkv(x, norm, shift, weights, cos, sin, q, k, v, M, K: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _start(x, scale, shift, out, scaled, sums, counters, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SHIFT: tl.constexpr, COUNTERS: tl.constexpr):  # fmt: skip
+    """x [M, N] in bf16, what the first norm needs of it, and zeros to count with."""
+    tile, rows = tl.program_id(0), tl.arange(0, BM)
+    if tile == 0:
+        tl.store(counters + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
+    columns = tile * BN + tl.arange(0, BN)
+    place, inside = rows[:, None] * N + columns[None, :], (rows[:, None] < M) & (columns[None, :] < N)
+    _hand_on(tl.load(x + place, mask=inside, other=0.0), place, rows, columns, tile, inside, out, scaled, sums, scale, shift, M, N, SHIFT)
+
+
+@triton.jit
+def _finish(scaled, sums, out, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """The last norm [M, N], in out's type."""
+    rows, columns = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    place, inside = rows[:, None] * N + columns[None, :], (rows[:, None] < M) & (columns[None, :] < N)
+    x = tl.load(scaled + place, mask=inside, other=0.0).to(tl.float32) * _inverse_rms(sums, rows, M, N, PARTS, SLOTS)[:, None]
+    if SHIFT:
+        x += tl.load(scaled + M * N + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + place, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_qkv(scaled, sums, weights, cos, sin, q, k, v, M, K: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Norm, the q / k / v product, and the rotation of q and k. One program: BN columns of a head's first half and their partners in its second half."""
     HALF: tl.constexpr = D // 2
     TILES: tl.constexpr = (HALF + BN - 1) // BN
-    DEPTH: tl.constexpr = (K + BK - 1) // BK * BK
     N: tl.constexpr = (HEADS + 2) * D
     head, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     rows = tl.arange(0, BM)
     columns = tile * BN + tl.arange(0, BN)
     both = tl.arange(0, 2 * BN)
     both = head * D + tile * BN + tl.where(both < BN, both, both - BN + HALF)
-    _begin(weights, both, 0, N, K, DEPTH, OVERLAP)
-    a, b = _halves(_rows_by_weights(x, weights, norm, shift, both, rows, 0, M, K, N, DEPTH, BM, 2 * BN, BK, True, SHIFT), BM, BN)
+    _begin(weights, both, 0, N, K, (K + BK - 1) // BK * BK, OVERLAP)
+    a, b = _halves(_normed_product(scaled, sums, weights, both, rows, M, K, N, BM, 2 * BN, BK, SHIFT, PARTS, SLOTS), BM, BN)
     inside = (rows[:, None] < M) & (columns[None, :] < HALF)
     if head <= HEADS:
         c = tl.load(cos + rows[:, None] * HALF + columns[None, :], mask=inside, other=0.0)
@@ -143,27 +185,26 @@ def _norm_qkv(x, norm, shift, weights, cos, sin, q, k, v, M, K: tl.constexpr, HE
 
 
 @triton.jit
-def _norm_gate_up(x, norm, shift, weights, out, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _norm_gate_up(scaled, sums, weights, out, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Norm, both products of the gated MLP, and the gate: gelu(gate) * up."""
-    DEPTH: tl.constexpr = (K + BK - 1) // BK * BK
     first, rows = tl.program_id(0) * BN, tl.arange(0, BM)
     columns = first + tl.arange(0, BN)
     both = tl.arange(0, 2 * BN)
     both = first + tl.where(both < BN, both, both - BN + N)
-    _begin(weights, both, 0, 2 * N, K, DEPTH, OVERLAP)
-    gate, up = _halves(_rows_by_weights(x, weights, norm, shift, both, rows, 0, M, K, 2 * N, DEPTH, BM, 2 * BN, BK, True, SHIFT), BM, BN)
+    _begin(weights, both, 0, 2 * N, K, (K + BK - 1) // BK * BK, OVERLAP)
+    gate, up = _halves(_normed_product(scaled, sums, weights, both, rows, M, K, 2 * N, BM, 2 * BN, BK, SHIFT, PARTS, SLOTS), BM, BN)
     gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))  # gelu by tanh, written with a sigmoid
     tl.store(out + rows[:, None] * N + columns[None, :], (gate * up).to(out.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
 @triton.jit
-def _add_product(x, weights, residual, gate, out, parts, counters, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _add_product(x, weights, residual, gate, out, scaled, sums, scale, shift, parts, counters, M, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SHIFT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """residual + gate * (x by weights). One program: BN columns of one of SPLITS parts of the depth; the last of them to end adds the parts up, always in the same order."""
     DEPTH: tl.constexpr = ((K + SPLITS - 1) // SPLITS + BK - 1) // BK * BK
     tile, split = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     _begin(weights, columns, split * DEPTH, N, K, DEPTH, OVERLAP)
-    update = _rows_by_weights(x, weights, x, x, columns, rows, split * DEPTH, M, K, N, DEPTH, BM, BN, BK, False, False)
+    update = _product(x, weights, columns, rows, split * DEPTH, M, K, N, DEPTH, BM, BN, BK)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     place = rows[:, None] * N + columns[None, :]
     last = True
@@ -175,9 +216,10 @@ def _add_product(x, weights, residual, gate, out, parts, counters, M, K: tl.cons
             update = tl.zeros((BM, BN), tl.float32)
             for part in range(SPLITS):
                 update += tl.load(parts + part * M * N + place, mask=inside, other=0.0, cache_modifier=".cg")
-        if GATE:
+        if SHIFT:  # the adaptive norm comes with a gate
             update = update * tl.load(gate + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + place, (tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + update).to(out.dtype.element_ty), mask=inside)
+        update += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        _hand_on(update, place, rows, columns, tile, inside, out, scaled, sums, scale, shift, M, N, SHIFT)
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -203,16 +245,16 @@ def _see(q, k, v, k_token, v_token, bias, start, end, token, bias_token, best, w
 
 @triton.jit
 def _attention(
-    q, past_k, past_v, k, v, bias, out, parts, bests, weights, counters, S, P, OWN, scale, bias_row, bias_token,
+    q, past_k, past_v, k, v, bias, out, parts, bests, weights, counters, S, scale, bias_row, bias_token,
     q_row, q_token, q_head, past_k_row, past_k_token, past_k_head, past_v_row, past_v_token, past_v_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    P: tl.constexpr, OWN: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Queries [B, S, GROUPS * HEADS, D] against [B, P, GROUPS, D] past keys and then [B, OWN, GROUPS, D] own ones, each shared by HEADS heads.
 
     One program: BM queries of a group, token by token, and one of SPLITS parts of the keys; the last of them to end joins the parts.
     """
     block, part, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) % GROUPS, (tl.program_id(2) // GROUPS).to(tl.int64)
-    if OVERLAP > 0:
+    if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     count = S * HEADS
@@ -266,7 +308,7 @@ def attend(
     bias: torch.Tensor,
     tile: tuple[int, int, int] | None = None,
     counters: torch.Tensor | None = None,
-    overlap: int = 0,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """q [B, S, heads, D], past and own keys and values [B, T, kv heads, D], bias [B, 1, S, past + own] -> [B, S, heads * D]
 
@@ -276,9 +318,13 @@ def attend(
     q, k, v, past_k, past_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, *own, *(past or own)))
     groups, before, after = k.shape[2], 0 if past is None else past_k.shape[1], k.shape[1]
     count = length * heads // groups
-    # measured on an H200: many small tiles for few queries; the largest tiles for a batch of prefixes
-    many = batch * groups * count
-    rows, warps = tile[:2] if tile else (16, 4) if many <= 1024 else (32, 4) if count <= 512 else (64, 4) if batch == 1 else (128, 8)
+    # measured on an H200: large tiles where there are enough of them for all processors, else small ones
+    if tile:
+        rows, warps = tile[:2]
+    elif batch * groups * -(-count // 128) >= 128:
+        rows, warps = (128, 8) if size > 128 else (64, 4)
+    else:
+        rows, warps = (16, 4) if batch * groups * count <= 1024 else (32, 4) if count <= 512 else (64, 4)
     # few queries fill few processors, so their keys are divided; many fill them alone
     blocks = -(-count // rows)
     splits = tile[2] if tile else max(1, min(8, 128 // (batch * groups * blocks)))
@@ -290,8 +336,8 @@ def attend(
         counters = torch.zeros(batch * groups * blocks, dtype=torch.int32, device=q.device) if counters is None else counters
     steps = [step for x in (q, past_k, past_v, k, v) for step in x.stride()[:3]]
     _attention[(blocks, splits, batch * groups)](
-        q, past_k, past_v, k, v, bias, out, parts, *sums, out if counters is None else counters, length, before, after, size**-0.5, bias.stride(0), bias.stride(2), *steps,
-        heads // groups, groups, size, rows, 64, splits, overlap, num_warps=warps, num_stages=2, launch_pdl=overlap > 0,
+        q, past_k, past_v, k, v, bias, out, parts, *sums, out if counters is None else counters, length, size**-0.5, bias.stride(0), bias.stride(2), *steps,
+        before, after, heads // groups, groups, size, rows, 64, splits, overlap, num_warps=warps, num_stages=2, launch_pdl=overlap,
     )  # fmt: skip
     return out
 
@@ -311,55 +357,69 @@ def attend_opaque(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bia
     return _attend(q, *(past or (None, None)), *own, bias)
 
 
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every product leaves as zeros. One layer runs at a time."""
-    return torch.zeros(512, dtype=torch.int32, device=device)
-
-
-def layer(
-    layer: GemmaLayer,
+def stack(
+    gemma: Gemma,
     x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor],
     bias: torch.Tensor | None,
-    past: KeysValues | None = None,
-    before: torch.Tensor | None = None,
-    after: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, KeysValues]:
-    """What `GemmaLayer.forward` computes, in five launches where the tokens fit one tile, else with the attention kernel. Needs packed matrices (`gemma.pack`)."""
-    attention, mlp = layer.self_attn, layer.mlp
+    past: list[KeysValues] | None = None,
+    modulations: list[torch.Tensor] | None = None,
+    through: Callable | None = None,
+    wanted: bool = True,
+) -> tuple[torch.Tensor | None, list[KeysValues]]:
+    """What `Gemma.forward` computes, in five launches a layer where the tokens of one row fit a tile. Needs packed matrices (`gemma.pack`)."""
     batch, length, width = x.shape
-    if batch > 1 or length > ROWS:
-        return layer(x, cos, sin, bias, past, before, after, attention=attend)
-    heads, size, hidden = attention.heads, attention.head_dim, mlp.gate_proj.out_features
-    x, cos, sin = x.contiguous().view(length, width), cos.contiguous(), sin.contiguous()
-    norms = []
-    for norm, modulation in ((layer.input_layernorm, before), (layer.post_attention_layernorm, after)):
-        norms.append((norm.weight, norm.weight, None) if modulation is None else modulation.contiguous().view(3, width).unbind(0))
-    q, k, v = (torch.empty(1, length, count, size, dtype=x.dtype, device=x.device) for count in (heads, 1, 1))
-    middle, inner, out = torch.empty_like(x), torch.empty(length, hidden, dtype=x.dtype, device=x.device), torch.empty_like(x)
-    shifted, overlap, counters = before is not None, _overlaps(x.device), _counters(x.device)
+    if batch > 1 or length >= ROWS or not wanted:  # one row of a tile is the shift's
+        return gemma(x, turn, bias, past, modulations, through, wanted)
+    first = gemma.layers[0]
+    heads, size, hidden = first.self_attn.heads, first.self_attn.head_dim, first.mlp.gate_proj.out_features
+    dtype, device, shifted = first.mlp.down_proj.weight.dtype, x.device, int(modulations is not None)
+    overlap = _overlaps(device)
+    cos, sin = (part.contiguous() for part in turn)
+    norms = gemma.norms()
+    if modulations is None:  # (scale, shift, gate): the gate belongs to the product before the next norm
+        parts = [(norm.weight, norm.weight, norm.weight) for norm in norms]
+    else:
+        parts = [modulation.contiguous().view(3, width).unbind(0) for modulation in modulations]
 
-    def start(name: str, columns: int) -> tuple[int, dict]:
+    def buffer(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def how(name: str) -> dict:
         tile = TILES[name]
-        return -(-columns // tile.columns), dict(
-            BM=ROWS, BN=tile.columns, BK=tile.depth, OVERLAP=overlap, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlap > 0
+        return dict(BM=ROWS, BN=tile.columns, BK=tile.depth, SHIFT=shifted, OVERLAP=overlap, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlap)
+
+    def norm_of(tiles: int) -> dict:
+        return dict(PARTS=tiles, SLOTS=triton.next_power_of_2(tiles))
+
+    def add_product(name: str, x: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor, after: tuple) -> tuple:
+        splits, tiles = TILES[name].splits, -(-width // TILES[name].columns)
+        out, scaled, sums = buffer(length, width), buffer(length + 1, width), buffer(tiles, length, dtype=torch.float32)
+        pieces = buffer(splits, length, width, dtype=torch.float32) if splits > 1 else out
+        _add_product[(tiles, splits)](
+            x, weights, residual, gate, out, scaled, sums, *after[:2], pieces, counters, length, weights.shape[1], width, SPLITS=splits, **how(name)
         )
+        return out, scaled, sums
 
-    def add_product(name: str, x: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor) -> None:
-        tiles, how = start(name, width)
-        splits = TILES[name].splits
-        parts = torch.empty(splits, length, width, dtype=torch.float32, device=x.device) if splits > 1 else out
-        _add_product[(tiles, splits)](x, weights, residual, gate, out, parts, counters, length, weights.shape[1], width, SPLITS=splits, GATE=shifted, **how)
-
-    scale, shift, gate = norms[0]
-    tiles, how = start("qkv", size // 2)
-    _norm_qkv[((heads + 2) * tiles,)](x, scale, shift, attention.q_proj.packed[0], cos, sin, q, k, v, length, width, heads, size, SHIFT=shifted, **how)
-    seen = attend(q, past, (k, v), bias, ATTENTION, counters, overlap)
-    add_product("out", seen, attention.o_proj.weight, x, gate, middle)
-    scale, shift, gate = norms[1]
-    tiles, how = start("gate_up", hidden)
-    _norm_gate_up[(tiles,)](middle, scale, shift, mlp.gate_proj.packed[0], inner, length, width, hidden, SHIFT=shifted, **how)
-    add_product("down", inner, mlp.down_proj.weight, middle, gate, out)
-    return out[None], (k, v)
+    counters = buffer(COUNTERS, dtype=torch.int32)  # every product leaves them as zeros
+    tiles = -(-width // 32)
+    out, scaled, sums = buffer(length, width), buffer(length + 1, width), buffer(tiles, length, dtype=torch.float32)
+    _start[(tiles,)](x.contiguous(), *parts[0][:2], out, scaled, sums, counters, length, width, ROWS, 32, shifted, COUNTERS)
+    kept = []
+    for i, layer in enumerate(gemma.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        q, k, v = (buffer(1, length, count, size) for count in (heads, 1, 1))
+        _norm_qkv[((heads + 2) * -(-size // 2 // TILES["qkv"].columns),)](
+            scaled, sums, attention.q_proj.packed[0], cos, sin, q, k, v, length, width, heads, size, **how("qkv"), **norm_of(len(sums))
+        )
+        kept.append((k, v))
+        seen = attend(q, None if past is None else past[i], (k, v), bias, ATTENTION, counters, overlap)
+        out, scaled, sums = add_product("out", seen, attention.o_proj.weight, out, parts[2 * i][2], parts[2 * i + 1])
+        inner = buffer(length, hidden)
+        _norm_gate_up[(-(-hidden // TILES["gate_up"].columns),)](
+            scaled, sums, mlp.gate_proj.packed[0], inner, length, width, hidden, **how("gate_up"), **norm_of(len(sums))
+        )
+        out, scaled, sums = add_product("down", inner, mlp.down_proj.weight, out, parts[2 * i + 1][2], parts[2 * i + 2])
+    final = buffer(1, length, width)
+    _finish[(-(-width // 32),)](scaled, sums, final, length, width, ROWS, 32, shifted, **norm_of(len(sums)))
+    return final, kept

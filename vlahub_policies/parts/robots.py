@@ -1,5 +1,7 @@
 """Interfaces of the robots that published policies are trained on."""
 
+from dataclasses import replace
+
 from vlahub.interface import Camera, Field, Interface
 
 LIBERO = Interface(
@@ -19,10 +21,16 @@ LIBERO = Interface(
     optional_cameras=("eye_in_hand",),
 )
 
+# OpenVLA-OFT's: both cameras, which it cannot do without, or the outer one alone and no state
+LIBERO_TWO_CAMERAS = replace(LIBERO, optional_cameras=())
+LIBERO_ONE_CAMERA = replace(LIBERO_TWO_CAMERAS, wrists=(), state=())
+
 _ROBOTWIN_JOINTS = tuple(
     field for side in ("left", "right") for field in (Field(f"{side}_joints", 6, "rad"), Field(f"{side}_gripper", 1, "1", low=0, high=1, open=1, closed=0))
 )
 ROBOTWIN = Interface(main=Camera("head"), wrists=(Camera("left_wrist"), Camera("right_wrist")), state=_ROBOTWIN_JOINTS, action=_ROBOTWIN_JOINTS)
+ROBOTWIN_HEAD_STATE = replace(ROBOTWIN, wrists=())
+ROBOTWIN_HEAD = replace(ROBOTWIN_HEAD_STATE, state=())
 
 # RLinf's Franka data and the ManiSkill twin: the tool in the base frame; rotations are increments in the tool's own frame
 TWIN = Interface(
@@ -35,6 +43,18 @@ TWIN = Interface(
     action=(
         Field("position", 3, "m", reference="delta", frame="robot_base"),
         Field("rotation", 3, "rad", reference="delta", rotation="euler_xyz", frame="tool"),
+        Field("gripper", 1, "1", low=-1, high=1, open=1, closed=-1),
+    ),
+    control_hz=5,
+)
+
+# a WidowX on the Bridge table, in ManiSkill
+BRIDGE = Interface(
+    main=Camera("3rd_view_camera"),
+    state=(),
+    action=(
+        Field("position", 3, "m", reference="delta", frame="robot_base"),
+        Field("rotation", 3, "rad", reference="delta", rotation="euler_xyz", frame="robot_base"),
         Field("gripper", 1, "1", low=-1, high=1, open=1, closed=-1),
     ),
     control_hz=5,

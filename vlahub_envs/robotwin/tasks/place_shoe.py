@@ -80,6 +80,7 @@ class PlaceShoe(Task):
         model = self.shoe.model
         sole = model.points["functional"][0][1, 3] - (model.center[1] - model.size[1] / 2)  # from the sole up to the functional point
         target = pose(np.add(self.mat.position, (0, 0, sole)), TOE_LEFT)
-        yield from hands.grasp(self.arm, self.shoe, (0, 1), fits=lambda hand: hands.can_place(self.arm, self.shoe, target, hand, pre=0.07))
+        how = {"pre": 0.07, "dis": 0.003, "align": True}
+        yield from hands.grasp(self.arm, self.shoe, (0, 1), fits=lambda hand: hands.can_place(self.arm, self.shoe, target, hand, **how))
         yield hands.lift(self.arm, 0.07)
-        yield from hands.place(self.arm, self.shoe, target, pre=0.07, dis=0.003, align=True)
+        yield from hands.place(self.arm, self.shoe, target, **how)

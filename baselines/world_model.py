@@ -27,7 +27,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,12 +37,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 
 from vlahub import distributed, video
 from vlahub.dataset import Dataset, DatasetError
 from vlahub.distributed import Ranks, print0
-from vlahub.run import divides
+from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.autoencoder import SCALE
@@ -197,8 +195,9 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         recorded = _recorded_numbers(Path(folder))
         for entry in data.episodes:
             rows = slice(entry.start, entry.start + entry.length)
-            turn = np.sign(np.where((dots := (poses[rows][1:, 3:7] * poses[rows][:-1, 3:7]).sum(-1)) == 0, 1, dots))
-            poses[rows, 3:7] *= np.cumprod(np.concatenate([[1], turn]))[:, None]  # q and -q are one rotation: the sign that continues the last frame's
+            quaternions = poses[rows, 3:7]
+            flips = np.where((quaternions[1:] * quaternions[:-1]).sum(-1) < 0, -1, 1)
+            quaternions *= np.cumprod([1, *flips])[:, None]  # q and -q are one rotation: the sign that continues the last frame's
             solved = np.concatenate([[False], after[rows][:-1]])  # a row's outcome is seen in the next frame
             for name, values in (("first", entry.start), ("last", entry.start + entry.length - 1)):
                 parts[name].append(np.full(entry.length, start + values))
@@ -327,7 +326,7 @@ def train_autoencoder(stage: Stage) -> None:
 
     stage.fit("autoencoder", autoencoder.parameters(), loss_of)
     autoencoder.eval()
-    some = stage.rng(9).choice(seen, min(len(seen), 1024), replace=False)
+    some = np.random.default_rng(args.seed).choice(seen, min(len(seen), 1024), replace=False)  # the same on every rank
     latents = encoded(model, data.frames[np.sort(some)], device).transpose(0, 1).flatten(1)  # [channels, n]
     standardise(model, latents.mean(1), latents.std(1))
 
@@ -744,17 +743,5 @@ def main(args: Args) -> None:
     distributed.cleanup()
 
 
-def arguments(argv: Sequence[str] | None = None) -> Args:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parsed = tyro.cli(Args, description=__doc__, args=argv)
-    if not parsed.resume:
-        return parsed
-    file = Path(parsed.resume) / "args.json"
-    if not file.exists():
-        raise SystemExit(f"--resume {parsed.resume}: this folder holds no run (there is no {file.name}); give the folder that a run printed at its start")
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(file.read_text()).items()}
-    return dataclasses.replace(Args(**saved), resume=parsed.resume)
-
-
 if __name__ == "__main__":
-    main(arguments())
+    main(arguments(Args, __doc__))

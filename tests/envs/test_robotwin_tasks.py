@@ -190,7 +190,7 @@ def test_pots_and_cans_follow_upstreams_draws(seed):
     pot, can = simulation.task.pot, simulation.task.can
     side = "left" if x < 0 else "right"
     assert words == {"A": f"060_kitchenpot/base{model}", "B": f"105_sauce-can/base{random.choice([0, 2, 4, 5, 6])}", "a": side}
-    assert np.allclose(pot.position, (0, 0, 0.741 - pot.model.center[1] + pot.model.size[1] / 2), atol=2e-4)  # its base is at the height of its middle
+    assert np.allclose(pot.position, (0, 0, 0.741 - pot.model.center[2] + pot.model.size[2] / 2), atol=2e-4)  # its base is at the height of its middle
     assert np.allclose(pot.pose[:3, 0], (np.cos(yaw), np.sin(yaw), 0), atol=1e-6)
     assert np.allclose(can.position, (x, y, 0.741)) and np.allclose(can.pose[:3, 2], (np.cos(turn), np.sin(turn), 0), atol=1e-6)
     simulation.close()
@@ -486,7 +486,11 @@ def test_stand_ins_with_joints_have_the_measured_size_and_points(name):
         parts, origins = jointed.STANDINS[name](record), {joint["child"]: np.array(joint["origin"]) for joint in record["joints"]}
         corners = np.concatenate([brick.mesh()[0] + origins.get(link, np.zeros(3)) for link, bricks in parts.items() for brick in bricks])
         assert set(parts) == {record["body"], *origins}
-        low, high = model.center - model.size / 2, model.center + model.size / 2
+        low, high = np.array(record["low"]), np.array(record["high"])
+        base = jointed.BODY_IN_BASE[:3, :3]
+        assert np.allclose(
+            np.sort([model.center - model.size / 2, model.center + model.size / 2], axis=0), np.sort([base @ low, base @ high], axis=0), atol=1e-6
+        )
         if name == "056_switch":  # its rocker leans out, with its lower half
             assert np.allclose(corners.min(axis=0)[:2], low[:2]) and np.allclose(corners.max(axis=0)[:2], high[:2])
         else:
@@ -518,7 +522,7 @@ def test_official_objects_with_joints_are_counted_by_number_and_scaled(tmp_path)
     models = [assets.Official(tmp_path).model("056_switch", i) for i in range(2)]
     things = [simulation.scene.add(f"official {i}", model, sapien.Pose([0.3, 0.2 * i, 1.0]), static=True) for i, model in enumerate(models)]
     assert [thing.limits()[1] for thing in things] == pytest.approx([0.3, 0.6])
-    assert np.allclose(models[0].size, (0.1, 0.1, 0.175)) and np.allclose(things[0].position, (0.3, 0, 1.02))
+    assert np.allclose(models[0].size, (0.175, 0.1, 0.1)) and np.allclose(things[0].position, (0.3, 0, 1.02))
     assert np.allclose(things[0].point("contact")[:3, 3], (0.3 - 0.125, 0, 1.02), atol=1e-5)  # the body's z is the base's -x
     things[1].articulation.set_qpos([0.5])
     assert np.allclose(things[1].point("contact")[:3, 3] - things[1].position, (-0.1 - 0.025 * np.cos(0.5), 0, -0.025 * np.sin(0.5)), atol=1e-5)

@@ -28,7 +28,7 @@ Parts = dict[str, list[Brick]]  # link -> boxes, in the link's frame
 
 @dataclass(frozen=True)
 class JointedModel(Model):
-    """One model of an object with joints. Its points are in the frames of `bearers`, link by link."""
+    """One model of an object with joints. Size and centre are those of its base's frame, points are in the frames of `bearers`, link by link."""
 
     bearers: dict[str, tuple[str, ...]] | None = None  # "contact", "functional" -> the link of each point
     shift: np.ndarray | None = None  # [4, 4] where its base goes, from the pose that a task asks for: most stand on their base's origin
@@ -126,13 +126,18 @@ def standin(name: str, model_id: int, record: dict) -> JointedModel:
     return JointedModel(
         name,
         model_id,
-        size=np.subtract(record["high"], record["low"]),
-        center=np.add(record["high"], record["low"]) / 2,
+        **_extent(record["low"], record["high"]),
         points={kind: np.array(poses).reshape(-1, 4, 4) for kind, poses in points.items()},
         bearers={kind: tuple(row[0] for row in record.get(kind, ())) for kind in points},
         shift=pose((0, 0, record["up"])),
         record=record,
     )
+
+
+def _extent(low: Sequence[float], high: Sequence[float]) -> dict[str, np.ndarray]:
+    """Size and centre in the base's frame of a box that is given by its corners in the body's."""
+    turn = BODY_IN_BASE[:3, :3]
+    return {"size": np.abs(turn @ np.subtract(high, low)), "center": turn @ np.add(high, low) / 2}
 
 
 def build_standin(name: str, record: dict) -> ArticulationBuilder:
@@ -170,7 +175,6 @@ def official(name: str, model_id: int, folder: Path) -> JointedModel:
     record = json.loads((folder / "model_data.json").read_text())
     scale = float(record["scale"])
     box = json.loads((folder / "bounding_box.json").read_text())
-    low, high = (scale * np.asarray(box[key], float) for key in ("min", "max"))
 
     def points(key: str) -> np.ndarray:
         matrices = np.array([entry["matrix"] for entry in record.get(key, [])], float).reshape(-1, 4, 4)
@@ -181,8 +185,7 @@ def official(name: str, model_id: int, folder: Path) -> JointedModel:
     return JointedModel(
         name,
         model_id,
-        size=high - low,
-        center=(high + low) / 2,
+        **_extent(scale * np.array(box["min"]), scale * np.array(box["max"])),
         points={kind: points(key) for kind, key in keys.items()},
         bearers={kind: tuple(entry["base"] for entry in record.get(key, [])) for kind, key in keys.items()},
         scale=(scale,) * 3,

@@ -13,6 +13,7 @@ from vlahub_envs.robotwin.task import Task
 class AdjustBottle(Task):
     step_limit = 400
     objects = {"001_bottle": (13, 16)}
+    keep_free = ((-0.25, -0.12, 0.06), (0.25, -0.12, 0.06))  # below where the bottle is held
     aside, high = 0.15, 0.9  # m: how far on its side, and how high, the middle of the bottle must get
     sentences = Sentences(
         seen=(

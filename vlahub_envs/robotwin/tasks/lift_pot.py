@@ -52,6 +52,8 @@ class LiftPot(Task):
         model = draws.random.randint(0, 2)
         where = draws.place(x=(-0.05, 0.05), y=(-0.05, 0.05), base=Rotation.from_quat([0, 0, 0.71006, 0.704141]), turn=(0, 0, np.pi / 8))
         self.pot = scene.add("pot", scene.assets.model("060_kitchenpot", model), where)
+        x, y, _ = where.p
+        self.keep_free = ((x - 0.2, y, 0.1), (x + 0.2, y, 0.1))  # where the hands come from
         return {"A": f"060_kitchenpot/base{model}"}
 
     def solved(self, scene):

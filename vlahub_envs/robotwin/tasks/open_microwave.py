@@ -11,6 +11,7 @@ from vlahub_envs.robotwin.task import Task
 class OpenMicrowave(Task):
     step_limit = 1500
     objects = {"044_microwave": (0, 1)}
+    keep_free = ((-0.1, 0, 0.2),)  # where the door swings
     open = 0.6  # of the door's way
     sentences = Sentences(
         seen=(

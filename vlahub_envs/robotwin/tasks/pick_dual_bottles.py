@@ -15,6 +15,7 @@ MIDDLE = {"left": (-0.06, -0.105), "right": (0.06, -0.105)}  # m: x, y that each
 class PickDualBottles(Task):
     step_limit = 400
     objects = {"001_bottle": (13, 16)}
+    keep_free = tuple((*place, 0.1) for place in MIDDLE.values())
     near, high = 0.1, 0.89  # m: how far from its place each bottle may be in x and in y, and how high it must get
     sentences = Sentences(
         seen=(

@@ -12,6 +12,7 @@ from vlahub_envs.robotwin.task import Task
 class TurnSwitch(Task):
     step_limit = 400
     objects = {"056_switch": tuple(range(8))}
+    keep_free = ((-0.2, 0, 0.2), (0, 0, 0.2), (0.2, 0, 0.2))  # before and below the switch, which floats
     margin = 0.05  # rad: so much may be missing from the end of the rocker's way
     sentences = Sentences(
         seen=(

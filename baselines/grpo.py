@@ -62,6 +62,8 @@ class Args:
     """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    offload: bool = False
+    """for a policy and a world model on one GPU: outside updates the optimizer's state lies on the CPU, in updates the world model does"""
     env_ranks: str = ""
     """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
     policy_ranks: str = ""
@@ -369,7 +371,7 @@ def main(args: Args) -> None:
             run.set_learning_rates(optimizer, fraction)
             with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rounds = [collector.episodes(start_seeds(args, iteration, number, envs)) for number in range(args.rollout_rounds)]
-            with run.timed("train"):
+            with run.timed("train"), run.updating(optimizer, env):
                 policy.train()
                 batch, metrics = batch_of(rounds, envs, args)
                 metrics |= {**update(policy, reference, optimizer, batch, args, iteration, run), "train/actor/lr": args.learning_rate * fraction}

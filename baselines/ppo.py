@@ -58,6 +58,8 @@ class Args:
     """spread weights, gradients and optimizer state over the ranks (FSDP2), for policies too large for one GPU"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    offload: bool = False
+    """for a policy and a world model on one GPU: outside updates the optimizer's state lies on the CPU, in updates the world model does"""
     env_ranks: str = ""
     """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
     policy_ranks: str = ""
@@ -308,7 +310,7 @@ def main(args: Args) -> None:
             run.set_learning_rates(optimizer, 1 - iteration / args.total_iterations if args.anneal else 1.0)
             with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rollout = collector.steady(args.num_chunks)
-            with run.timed("train"):
+            with run.timed("train"), run.updating(optimizer, env):
                 policy.train()
                 metrics = update(policy, optimizer, rollout, envs, args, iteration, run)
             counters["steps"] += int(distributed.total(rollout.valid.sum()))

@@ -219,7 +219,7 @@ def main(args: Args) -> None:
             run.set_learning_rates(optimizer, 1 - iteration / args.total_iterations if args.anneal else 1.0)
             with run.timed("rollout"), run.acting(policy), run.filming(collector, iteration):
                 rollout = collector.steady(args.num_chunks)
-            with run.timed("train"):
+            with run.timed("train"), run.updating(optimizer, env):
                 policy.train()
                 metrics = update(policy, optimizer, rollout, real, envs, args, iteration, run)
             counters["steps"] += int(distributed.total(rollout.valid.sum()))

@@ -197,8 +197,9 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         recorded = _recorded_numbers(Path(folder))
         for entry in data.episodes:
             rows = slice(entry.start, entry.start + entry.length)
-            turn = np.sign(np.where((dots := (poses[rows][1:, 3:7] * poses[rows][:-1, 3:7]).sum(-1)) == 0, 1, dots))
-            poses[rows, 3:7] *= np.cumprod(np.concatenate([[1], turn]))[:, None]  # q and -q are one rotation: the sign that continues the last frame's
+            quaternions = poses[rows, 3:7]
+            flips = np.where((quaternions[1:] * quaternions[:-1]).sum(-1) < 0, -1, 1)
+            quaternions *= np.cumprod([1, *flips])[:, None]  # q and -q are one rotation: the sign that continues the last frame's
             solved = np.concatenate([[False], after[rows][:-1]])  # a row's outcome is seen in the next frame
             for name, values in (("first", entry.start), ("last", entry.start + entry.length - 1)):
                 parts[name].append(np.full(entry.length, start + values))
@@ -327,7 +328,7 @@ def train_autoencoder(stage: Stage) -> None:
 
     stage.fit("autoencoder", autoencoder.parameters(), loss_of)
     autoencoder.eval()
-    some = stage.rng(9).choice(seen, min(len(seen), 1024), replace=False)
+    some = np.random.default_rng(args.seed).choice(seen, min(len(seen), 1024), replace=False)  # the same on every rank
     latents = encoded(model, data.frames[np.sort(some)], device).transpose(0, 1).flatten(1)  # [channels, n]
     standardise(model, latents.mean(1), latents.std(1))
 

@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernel_tiles: no CUDA device")
-    begun, device, rows = time.perf_counter(), torch.device("cuda", torch.cuda.current_device()), []
+    begun, rows = time.perf_counter(), []
     step = Step(options.adaptive, 560, 50 if options.adaptive else 51, gemma.GemmaConfig(width=1024, mlp_dim=4096))
     us, plain = step.time(gemma.Gemma.forward)
     print(f"plain layers in a graph {us:>7.2f} us per layer", flush=True)
@@ -89,11 +89,7 @@ def main() -> None:
         rows.append({"what": what, "choice": str(choice), "us": us, "difference": error})
         return us
 
-    overlap = kernels._overlaps(device)
-    for mode in (0, 1, 2):
-        kernels._overlaps = lambda _, mode=mode: mode
-        attempt("overlap", mode)
-    kernels._overlaps = lambda _: overlap
+    overlaps = kernels._overlaps
     for what, choices in CHOICES.items():
         found = []
         for choice in choices:
@@ -102,11 +98,11 @@ def main() -> None:
             put(what, choice)
             found.append((attempt(what, choice), choice))
         put(what, min(found, key=lambda pair: pair[0])[1] if found else choices[0])
-    found = []
-    for mode in (0, 1, 2):
-        kernels._overlaps = lambda _, mode=mode: mode
-        found.append((attempt("overlap", mode), mode))
-    chosen = {name: asdict(tile) for name, tile in kernels.TILES.items()} | {"attention": kernels.ATTENTION, "overlap": min(found)[1]}
+    kernels._overlaps = lambda device: False
+    attempt("best", "one kernel after the other")
+    kernels._overlaps = overlaps
+    attempt("best", "overlapping")
+    chosen = {name: asdict(tile) for name, tile in kernels.TILES.items()} | {"attention": kernels.ATTENTION}
     print(f"best: {chosen}\nwhole run {time.perf_counter() - begun:.0f} s", flush=True)
     if os.environ.get("OUT"):
         (Path(os.environ["OUT"]) / "kernel_tiles.json").write_text(json.dumps({"rows": rows, "best": chosen}, indent=1))

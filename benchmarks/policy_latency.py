@@ -309,7 +309,6 @@ def main() -> None:
         "--no-grid", dest="grid", action="store_false", help="two cameras and 10 steps only; else the last variant with 1 to 3 cameras and 4 steps too"
     )
     parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave out the comparison of attention kernels")
-    parser.add_argument("--tiles", type=Path, help="the file that kernel_tiles.py wrote: measure with its best tiles")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a decision at batch 1 and of a prefix at batch 64")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers' pi0 out")
     parser.add_argument("--peer-path", type=Path, help="a checkout of openpi, run instead of transformers' pi0; needs openpi's environment")
@@ -331,13 +330,6 @@ def main() -> None:
             attention(device, batch, 51, 611)
         attention(device, 64, 216, 216, 16, 2, 128)  # LingBot's prefix and suffix
         attention(device, 64, 51, 267, 16, 2, 128)
-    if options.tiles:
-        from vlahub_policies.parts import kernels
-
-        best = json.loads(options.tiles.read_text())["best"]
-        kernels.ATTENTION, overlap = tuple(best.pop("attention")), best.pop("overlap")
-        kernels._overlaps = lambda device: overlap
-        kernels.TILES = {name: kernels.Tile(**tile) for name, tile in best.items()}
     batches = (1, 2) if options.tiny else options.batches
     for model in options.models:
         pi05 = model == "pi05"

@@ -116,6 +116,7 @@ def test_eval_runs_a_function_from_a_module_here(tmp_path, monkeypatch, capsys):
     [
         (["eval", "--env", "test/Piont", "--policy", "expert"], "did you mean 'test/Point'"),
         (["eval", "--env", "no_module:test/Point", "--policy", "expert"], "no module 'no_module'"),
+        ([*EVAL, "expert", "--protocol", "openvla"], "test/Point has no protocols"),
         ([*EVAL, "exprt"], "`expert` and `random` need no checkpoint"),
         ([*EVAL, "lab/any", "--device", "cuda:99"], "--device cuda:99: there is no such device"),
         ([*EVAL, "lab/any", "--device", "gpu"], "--device gpu: there is no such device"),

@@ -11,11 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tyro
 
 import vlahub  # noqa: F401  registers the ids
 from vlahub import catalog, cli
 from vlahub.catalog import key_values
-from vlahub.run import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,7 +78,7 @@ def test_command_lines_parse(doc, monkeypatch):
             assert cli.main(words[1:]) == 0, command
         elif "--resume" not in words:  # that one reads the arguments of a run
             baseline = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
-            ran |= dataclasses.asdict(arguments(baseline.Args, baseline.__doc__, words[1:]))
+            ran |= dataclasses.asdict(tyro.cli(baseline.Args, args=words[1:]))
         env_id = ran.get("env", ran.get("env_id", ""))
         if env_id in catalog.ENVS:  # ids that do not exist are another test's; examples name some of the reader's own
             known = inspect.signature(catalog.load(catalog.ENVS[env_id].simulation)).parameters

@@ -88,6 +88,38 @@ def test_more_episodes_than_there_are_is_an_error():
             vlahub.evaluate("test/Point", "expert", count)
 
 
+class Judged(PointWorld):
+    """Two layouts for each task, and two published ways to run them."""
+
+    trials = 2
+
+    def __init__(self, protocol: str = "patient"):
+        super().__init__()
+        self.max_steps = {"patient": 20, "hasty": 1}[protocol]
+
+
+JUDGED = vlahub.EnvCard("test/Judged", "test", f"{__name__}:Judged", "A judged walk.", expert="tests.worlds:PointExpert", protocols=("patient", "hasty"))
+
+
+def test_a_protocol_runs_every_trial_of_every_task_its_way(tmp_path):
+    results = vlahub.evaluate(JUDGED, "expert", protocol="hasty", out=tmp_path, videos=0, progress=False)
+    assert [(one.task, one.trial) for one in results.episodes] == [(task, trial) for task in range(3) for trial in range(2)]
+    assert results.settings["env_options"] == {"protocol": "hasty"} and results.settings["max_steps"] == 1
+    fewer = vlahub.evaluate(JUDGED, "expert", 3, protocol="patient", videos=0, progress=False)
+    assert fewer.success_rate == 1 and len(fewer.episodes) == 3 and fewer.settings["max_steps"] == 20
+
+
+def test_protocols_that_do_not_fit_are_refused():
+    for env, protocol, options, words in (
+        ("test/Point", "hasty", {}, "test/Point has no protocols; leave out protocol='hasty'"),
+        (JUDGED, "hsaty", {}, "no protocol 'hsaty'; did you mean 'hasty'"),
+        (JUDGED, "hasty", {"protocol": "patient"}, "options say 'patient'"),
+        (object(), "hasty", {}, "this one exists already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vlahub.evaluate(env, "expert", protocol=protocol, env_options=options)
+
+
 # ------------------------------------------------------------------------------------------------ policies
 
 

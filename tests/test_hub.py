@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vlahub import catalog
-from vlahub.catalog import FamilyCard, PolicyCard, UnknownId
+from vlahub.catalog import FamilyCard, PolicyCard, UnknownId, WeightsCard
 from vlahub.hub import CheckpointError, Weights, family_of, load_tensors, read_json, read_pt, resolve, safetensors_files
 
 
@@ -34,6 +34,9 @@ def known(monkeypatch, tmp_path):
             "vlahub/a-tiny-point": PolicyCard(id="vlahub/a-tiny-point", family="a", summary="", folder="tests:."),
         },
     )
+    monkeypatch.setattr(
+        catalog, "WEIGHTS", {"vlahub/quite-another-dreamt-of-world": WeightsCard(id="vlahub/quite-another-dreamt-of-world", summary="", folder="tests:envs")}
+    )
     families = {name: FamilyCard(name=name, policy="", summary="", recognises=lambda folder, name=name: (folder / f"{name}.yaml").exists()) for name in "ab"}
     monkeypatch.setattr(catalog, "FAMILIES", families)
 
@@ -43,7 +46,7 @@ def known(monkeypatch, tmp_path):
 
 def test_folders_and_bundled_ids_resolve(known, tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
-    assert (resolve("vlahub/a-tiny-point") / "test_hub.py").exists()
+    assert (resolve("vlahub/a-tiny-point") / "test_hub.py").exists() and (resolve("vlahub/quite-another-dreamt-of-world") / "evac_tiny.py").exists()
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     assert resolve("~/mine") == tmp_path / "mine"
@@ -56,8 +59,9 @@ def test_a_mistyped_path_says_that_it_is_no_folder(known, path):
 
 
 def test_a_mistyped_bundled_id_suggests_the_nearest(known):
-    with pytest.raises(UnknownId, match=r"no bundled checkpoint is called 'vlahub/a-tiny-pont'; did you mean 'vlahub/a-tiny-point'\?"):
-        resolve("vlahub/a-tiny-pont")
+    for name, near in (("vlahub/a-tiny-pont", "vlahub/a-tiny-point"), ("vlahub/quite-another-dreamt-of-wrld", "vlahub/quite-another-dreamt-of-world")):
+        with pytest.raises(UnknownId, match=rf"no bundled checkpoint is called '{name}'; did you mean '{near}'\?"):
+            resolve(name)
 
 
 def test_an_id_that_resembles_none_is_not_answered_with_all_of_them(known):

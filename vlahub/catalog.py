@@ -37,6 +37,7 @@ class EnvCard:
     needs: tuple[str, ...] = ()  # importable packages; `pip install vlahub[extra]` brings them
     extra: str = ""
     asks: str = ""  # what the user must give because it does not ship (a world model's weights); empty: the id runs as it is
+    protocols: tuple[str, ...] = ()  # values of its option `protocol`, the ways in which published evaluators run it; `trials` is then a number
     limits: str = ""  # what one should know before trusting a number
     measured: str = ""  # what was measured with it, with its command
 

@@ -213,7 +213,8 @@ def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreateP
 def evaluate(
     env: str,
     policy: str,
-    episodes: int = 50,
+    episodes: int | None = None,
+    protocol: str = "",
     num_envs: int = 1,
     seed: int = 0,
     out: Path | None = None,
@@ -234,7 +235,8 @@ def evaluate(
     Args:
         env: environment id; `vlahub list` shows them. `module:id` imports the module that registers it first.
         policy: a bundled id, a folder, a hub repository, `expert`, `random`, or `module:function` (batched observation -> actions [B, T, D]).
-        episodes: how many; every task gets the same number of trials.
+        episodes: how many, 50 by default; every task gets the same number of trials.
+        protocol: run as a published evaluator does, by its name (LIBERO: openvla, openpi, lerobot, rlinf): its step limit and start, every trial of every task.
         num_envs: environments that run at once, each in its own process; the results do not depend on it.
         seed: decides the episodes, with their number.
         out: folder for everything written; runs/ENV-POLICY-SEED by default.
@@ -252,13 +254,17 @@ def evaluate(
 
     env = _registered(env)  # a wrong id is cheap to find before the weights are loaded
     given = key_values("env-options", env_options)
+    if protocol:
+        evaluation.with_protocol(env, protocol, given)  # likewise
     loaded_with = key_values("policy-options", policy_options)
     player = _load_policy(policy, device, dtype, loaded_with)
-    out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in (env, policy, str(seed)))
+    parts = (env, policy, *([protocol] if protocol else []), str(seed))
+    out = out or Path("runs") / "-".join(part.strip("/.").replace("/", "_").replace(":", "_") for part in parts)
     results = evaluation.evaluate(
         env,
         player,
         episodes=episodes,
+        protocol=protocol,
         num_envs=num_envs,
         seed=seed,
         out=out,

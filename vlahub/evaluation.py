@@ -39,6 +39,7 @@ from vlahub.vector import WorkerError
 EXPERT, RANDOM = "expert", "random"
 # Runs more that an aborted episode gets before it is left out of the rate. A simulation that crashed by bad luck runs the second time; one that always
 # crashes there would only use up the vector env's patience, which ends at three failures in a row.
+EPISODES = 50  # unless one says how many
 RETRIES = 1
 RANDOM_EXECUTE = 10  # a random policy predicts as many actions as it is asked for; ten save nine looks of ten
 Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal: a two-sided 95 % interval
@@ -393,8 +394,9 @@ def _write(path: Path, text: str) -> None:
 def evaluate(
     env: Any,
     policy: Any,
-    episodes: int = 50,
+    episodes: int | None = None,
     *,
+    protocol: str = "",
     num_envs: int = 1,
     seed: int = 0,
     out: str | Path | None = None,
@@ -416,7 +418,9 @@ def evaluate(
     Args:
         env: an id, an `EnvCard`, or a vector env that exists already (during training); its episodes are given up, and its `num_envs`, `max_steps` and options stay.
         policy: a `vlahub.Policy`, "expert", "random", or a function from a batched observation to actions [B, T, D].
-        episodes: how many; every task gets the same number of trials.
+        episodes: how many, 50 by default; every task gets the same number of trials.
+        protocol: run as a published evaluator does, by its name: step limit, start, and all (task, trial) pairs unless `episodes` says less. For environments whose
+            card has protocols.
         num_envs: environments that run at once, each in a process of its own. The results do not depend on it.
         seed: decides the seed of every (task, trial).
         out: folder for results.json, report.html, videos and what is needed to continue. Without it nothing is written.
@@ -430,7 +434,11 @@ def evaluate(
         command: what to type to repeat it; likewise.
         progress: show progress, as a bar on a terminal and as lines elsewhere.
     """
-    for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+    if protocol:
+        env_options = with_protocol(env, protocol, env_options or {})
+    elif episodes is None:
+        episodes = EPISODES
+    for name, value, least in (("episodes", 1 if episodes is None else episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     folder = Folder(out) if out is not None else None
@@ -439,9 +447,10 @@ def evaluate(
     try:
         for module in training:  # dropout belongs to training
             module.training = False
-        venv = _vector_env(env, min(num_envs, episodes), max_steps, timeout, env_options or {}, policy)
+        venv = _vector_env(env, min(num_envs, episodes or num_envs), max_steps, timeout, env_options or {}, policy)
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
+        episodes = episodes or venv.tasks * venv.trials
         todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials)
         chosen = None if isinstance(videos, (int, np.integer)) else [int(index) for index in videos]
         if chosen is not None and not all(0 <= index < episodes for index in chosen):
@@ -484,6 +493,20 @@ def evaluate(
             venv.close()
         if folder is not None:
             folder.close()
+
+
+def with_protocol(env: Any, protocol: str, env_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment's options with its protocol."""
+    card = catalog.env_card(env) if isinstance(env, str) else env
+    if not isinstance(card, catalog.EnvCard):
+        raise ValueError(f"protocol={protocol!r} belongs to making an environment; this one exists already")
+    if not card.protocols:
+        raise ValueError(f"{card.id} has no protocols; leave out protocol={protocol!r} and say how many episodes to run")
+    if protocol not in card.protocols:
+        raise ValueError(f"{card.id} has no protocol {protocol!r}; {catalog.suggest(protocol, card.protocols)}")
+    if env_options.get("protocol", protocol) != protocol:
+        raise ValueError(f"protocol={protocol!r}, but the environment's options say {env_options['protocol']!r}")
+    return {**env_options, "protocol": protocol}
 
 
 def _vector_env(env: Any, num_envs: int, max_steps: int | None, timeout: float, env_options: Mapping[str, Any], policy: Any) -> Any:

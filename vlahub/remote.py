@@ -122,6 +122,11 @@ class RemoteEnv:
             pictures += self._answer(rank) if mine.any() else [None] * len(mine)
         return tuple(pictures)
 
+    def park(self) -> None:
+        """Nothing: this rank's GPU holds none of it."""
+
+    unpark = park
+
     def close(self) -> None:
         """Let the env ranks go. Not in the middle of a chunk, which is where an error leaves off: they then end with this rank."""
         for rank in self.ranks if not self._pending else ():

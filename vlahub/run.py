@@ -37,7 +37,7 @@ EVAL_SEED = 1_000_003  # of evaluation episodes; the episodes of training draw t
 # What may change when a run is resumed; anything else would silently make it another run.
 MAY_CHANGE = {
     "resume", "total_iterations", "eval_every", "eval_episodes", "video_every", "keep", "track", "workers", "out", "name", "device", "shard",
-    "gradient_checkpointing", "env_ranks", "policy_ranks",
+    "gradient_checkpointing", "offload", "env_ranks", "policy_ranks",
 }  # fmt: skip
 
 Args = TypeVar("Args")
@@ -124,7 +124,8 @@ def memory_advice(error: BaseException, args: Any) -> str:
     knobs = []
     if hasattr(args, "micro_batch_size"):
         knobs.append(f"a smaller --micro-batch-size (it is {args.micro_batch_size}; the batch and the result stay the same)")
-    for name, what in (("bf16", ""), ("gradient_checkpointing", ", where the policy's family offers it"), ("shard", " on several GPUs")):
+    offers = ("bf16", ""), ("gradient_checkpointing", ", where the policy's family offers it"), ("offload", ""), ("shard", " on several GPUs")
+    for name, what in offers:
         if not getattr(args, name, True):
             knobs.append(f"--{name.replace('_', '-')}{what}")
     for name, value in vars(args).items():
@@ -165,6 +166,11 @@ def serve_envs(args: Any, num_envs: int, ranks: Ranks) -> None:
     here = min(env_ranks, int(os.environ["LOCAL_WORLD_SIZE"]))
     serve(lambda: make_env(args, num_envs // env_ranks, here), ranks.policy_rank)
     distributed.cleanup()
+
+
+def _move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    for state in optimizer.state.values():
+        state.update({name: value.to(device) for name, value in state.items() if isinstance(value, torch.Tensor)})
 
 
 class Run:
@@ -230,6 +236,8 @@ class Run:
 
     def shard(self, *policies: Policy | None) -> None:
         """With --shard: spread weights, gradients and optimizer state of each policy over the ranks. Make copies before, the optimizer after."""
+        if self.shards and getattr(self.args, "offload", False):
+            raise ValueError("--offload keeps the optimizer's state of a whole policy on the CPU; with --shard it is spread over the ranks already: choose one")
         if self.args.shard and not self.shards:
             print0("--shard: one rank holds everything; start with torchrun on several")
         for policy in policies if self.shards else ():
@@ -276,6 +284,20 @@ class Run:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def updating(self, optimizer: torch.optim.Optimizer, env: VectorEnv | RemoteEnv) -> Iterator[None]:
+        """Around an update. With --offload the environment's model and the optimizer's state take turns on the GPU: outside updates the latter lies on the CPU."""
+        if not self.args.offload:
+            yield
+            return
+        env.park()
+        _move_state(optimizer, self.ranks.device)
+        yield
+        _move_state(optimizer, torch.device("cpu"))
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free is to be free for the environment's allocator too
+        env.unpark()
 
     @contextlib.contextmanager
     def filming(self, collector: Collector, iteration: int) -> Iterator[None]:

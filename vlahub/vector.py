@@ -285,6 +285,12 @@ class BaseVectorEnv(gymnasium.vector.VectorEnv):
             raise gymnasium.error.AlreadyPendingCallError(f"{where}() while slot {busy[0]} is under way: call recv({busy[0]}) first", "send")
         return rows
 
+    def park(self) -> None:
+        """Leave the GPU's memory to others until `unpark`. Simulations in worker processes keep theirs; a family whose worlds are a model on the GPU moves it."""
+
+    def unpark(self) -> None:
+        """Be ready to run again."""
+
     def _checked_chunks(self, actions: Any, rows: range, where: str) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """Actions as `step_chunk` takes them -> per row a chunk [n, D] within bounds, and how many numbers were clipped."""
         if not self._started:

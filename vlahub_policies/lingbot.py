@@ -29,7 +29,7 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import flow, lora, pillow, qwen_text, randomness, robots
-from vlahub_policies.parts.acceleration import Accelerated, Acceleration, Quick, compiled, through
+from vlahub_policies.parts.acceleration import MODES, Accelerated, Acceleration, Quick, compiled, through
 from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.heads import NoiseHead, ValueHead
 from vlahub_policies.parts.normalize import Moments, Statistics, normalize, unnormalize
@@ -390,6 +390,8 @@ class Config:
     def __post_init__(self):
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute {self.execute} is not within 1 .. horizon {self.horizon}")
+        if self.acceleration not in MODES:
+            raise ValueError(f"acceleration {self.acceleration!r} is unknown; known are {', '.join(MODES)}")
         if self.vision.out != self.text.hidden:
             raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
         if self.noise_method not in flow.METHODS:
@@ -659,8 +661,9 @@ class LingBotPolicy(Accelerated, Policy):
         """
         model = find_model(folder)
         settings = Settings.of(model)
-        base = qwen_text.find_base(str(settings.get("tokenizer_path", "Qwen/Qwen2.5-VL-3B-Instruct")), model, base_vlm)
         weights = hub.Weights(hub.safetensors_files(model))
+        check_kind(model, settings, weights)
+        base = qwen_text.find_base(str(settings.get("tokenizer_path", "Qwen/Qwen2.5-VL-3B-Instruct")), model, base_vlm)
         config = override(read_model(model, settings, weights, base, norm_stats, layout, options), **options)
         words, dtype = qwen_text.read_tokenizer(base), dtype or torch.bfloat16  # files are float32; the original serves in bfloat16
         return filled(cls, config, words, weights, device, dtype, rename=lambda name: f"model.{checkpoint_name(name)}", source=str(model))
@@ -714,10 +717,8 @@ class Settings:
         return self.config.get(name, self.yaml.get(name, default))
 
 
-def read_model(
-    model: Path, settings: Settings, weights: hub.Weights, base: Path, norm_stats: str | Path | None, layout: str | None, options: dict[str, Any]
-) -> Config:
-    """Everything but the weights. Takes `interface` out of the options. Nothing is written back."""
+def check_kind(model: Path, settings: Settings, weights: hub.Weights) -> None:
+    """Refuse what this network is not."""
     if EMBEDDING not in weights:
         raise hub.CheckpointError(f"{model} has no tensor {EMBEDDING}; it is no LingBot-VLA")
     if any("depth_align_head" in name for name in weights):
@@ -734,6 +735,12 @@ def read_model(
     ):
         if settings.get(name, needed) != needed:
             raise hub.CheckpointError(f"{model} was trained with {name}={settings.get(name)!r}; only {needed} is supported, as in every released checkpoint")
+
+
+def read_model(
+    model: Path, settings: Settings, weights: hub.Weights, base: Path, norm_stats: str | Path | None, layout: str | None, options: dict[str, Any]
+) -> Config:
+    """Everything but the weights. Takes `interface` out of the options. Nothing is written back."""
     shapes = {name: weights.shape(name) for name in weights}
     vision, text = sizes_of(shapes, QWEN + "visual.", QWEN + "model.", base)
     width = weights.shape("model.state_proj.weight")[1]

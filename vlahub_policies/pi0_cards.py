@@ -72,7 +72,7 @@ for _id, _family, _summary, _envs, _options in (
         "RLinf/RLinf-Pi05-RLCo-PandaPutOnPlateInScene25DigitalTwin-V1-SFT",
         "pi0",
         "pi0.5 for the Franka pick-and-place twin, one camera, chunk 8",
-        (),
+        ("vlahub/Twin-PickPlace", "vlahub/Twin-PickPlace-Real"),
         {"robot": "twin"},
     ),
     ("Dexmal/libero-db-pi0", "dexbotic", "Dexbotic's pi0, all four LIBERO suites, two cameras, chunk 50", _LIBERO, {"robot": "libero"}),

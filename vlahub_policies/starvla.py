@@ -26,7 +26,7 @@ from vlahub.interface import Interface
 from vlahub.observation import Observation, views
 from vlahub.policy import Evaluation, Policy, Sample, Trace, override
 from vlahub_policies.parts import lora, pillow, qwen_text, randomness, robots
-from vlahub_policies.parts.acceleration import Accelerated, Acceleration, compiled
+from vlahub_policies.parts.acceleration import MODES, Accelerated, Acceleration, compiled
 from vlahub_policies.parts.filling import filled
 from vlahub_policies.parts.flow import normal_entropy, normal_log_prob
 from vlahub_policies.parts.heads import ValueHead
@@ -210,6 +210,8 @@ class Config:
     def __post_init__(self):
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute {self.execute} is not within 1 .. horizon {self.horizon}")
+        if self.acceleration not in MODES:
+            raise ValueError(f"acceleration {self.acceleration!r} is unknown; known are {', '.join(MODES)}")
         if self.vision.out != self.text.hidden:
             raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
         self.vision.grid(self.image_size)
@@ -448,6 +450,9 @@ class QwenOFTPolicy(Accelerated, Policy):
         """
         run = find_run(folder)
         record = hub.read_yaml(run / "config.yaml")
+        framework = _entry(record, "framework.name") or _entry(record, "framework.framework_py")
+        if framework != "QwenOFT":
+            raise hub.CheckpointError(f"{run / 'config.yaml'} says framework {framework!r}; only QwenOFT is supported")
         weights, file = read_weights(run, step)
         shapes = {name: tuple(weights.shape(name) if isinstance(weights, hub.Weights) else weights[name].shape) for name in weights}
         base = qwen_text.find_base(str(_entry(record, "framework.qwenvl.base_vlm") or "Qwen/Qwen2.5-VL-3B-Instruct"), run, base_vlm)
@@ -505,6 +510,8 @@ def read_weights(run: Path, step: int | None) -> tuple[Mapping[str, torch.Tensor
     weights = hub.Weights([file]) if file.suffix == ".safetensors" else hub.read_pt(file)
     if EMBEDDING not in weights:
         raise hub.CheckpointError(f"{file} has no tensor {EMBEDDING}; it is no QwenOFT on Qwen2.5-VL")
+    if any(".self_attn.q_norm." in name or ".deepstack_merger_list." in name for name in weights):
+        raise hub.CheckpointError(f"{file} is a QwenOFT on Qwen3-VL, another network; only those on Qwen2.5-VL are supported")
     return weights, file
 
 
@@ -512,9 +519,6 @@ def read_run(
     run: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base: Path, unnorm_key: str | None, interface: Interface | None
 ) -> Config:
     """Everything but the weights of a run. Nothing is written back."""
-    framework = _entry(record, "framework.name") or _entry(record, "framework.framework_py")
-    if framework != "QwenOFT":
-        raise hub.CheckpointError(f"{run / 'config.yaml'} says framework {framework!r}; only QwenOFT is supported")
     vision, text = sizes_of(shapes, PREFIX + "visual.", PREFIX + "language_model.", base)
     action = _entry(record, "framework.action_model") or {}
     horizon = action.get("action_horizon") or action.get("past_action_window_size", 0) + 1 + action.get("future_action_window_size", -1)

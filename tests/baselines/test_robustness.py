@@ -65,6 +65,7 @@ class Settings:
     bf16: bool = False
     shard: bool = False
     gradient_checkpointing: bool = False
+    offload: bool = False
     track: bool = False
     workers: int = 1
     max_steps: int = 0
@@ -100,6 +101,27 @@ def test_what_is_not_finite_is_skipped_and_counted_and_stops_in_the_end(tmp_path
         step(bad=True)
     assert run.skipped == 3
     run.close()
+
+
+def test_offload_takes_turns_and_changes_nothing(tmp_path):
+    weights, order = [], []
+
+    class Env:
+        park, unpark = (lambda self, word=word: order.append(word) for word in ("park", "unpark"))
+
+    for offload in (False, True):
+        torch.manual_seed(0)
+        policy = MlpPolicy.tiny(PointWorld().interface)
+        run = Run("test", Settings(out=str(tmp_path), name=str(offload), offload=offload), CPU)
+        optimizer = run.optimizer(policy)
+        for _ in range(3):
+            with run.updating(optimizer, Env()):
+                policy.actor[0].weight.square().sum().backward()
+                run.step(optimizer, policy, 1.0, 1.0)
+        assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cpu"}
+        weights.append(policy.actor[0].weight.detach().clone())
+        run.close()
+    assert torch.equal(*weights) and order == ["park", "unpark"] * 3
 
 
 def test_skipped_steps_are_logged(tmp_path):

@@ -53,7 +53,7 @@ PPO = dict(RL, num_envs=4, num_chunks=4, num_minibatches=2, micro_batch_size=2)
 for shard in (False, True):
     ppo.main(ppo.Args(**{**PPO, "save_every": 1}, name=f"ppo-{shard}", shard=shard, critic_warmup=1))
     rl_co.main(rl_co.Args(**PPO, name=f"rl_co-{shard}", shard=shard, real_dataset=(data,), sft_batch_size=4))
-    grpo.main(grpo.Args(**RL, name=f"grpo-{shard}", shard=shard, kl_coef=0.1, micro_batch_size=5))
+    grpo.main(grpo.Args(**{**RL, "max_steps": 20}, name=f"grpo-{shard}", shard=shard, kl_coef=0.1, num_groups=8, micro_batch_size=40, seed=1))
     sft.main(sft.Args(**{**COMMON, "eval_every": 2}, env_id="test/PointTold", name=f"sft-{shard}", shard=shard, dataset=(data,), eval_episodes=2, num_envs=2,
                       batch_size=8, micro_batch_size=2, ema=0.5, log_every=1, warmup=1))
 
@@ -94,7 +94,7 @@ def test_sharded_runs_see_what_whole_ones_see(ran, run, names):
     from safetensors.torch import load_file
 
     whole, sharded = (curves(ran[0] / f"{run}-{shard}", "train/actor/grad_norm", *names) for shard in (False, True))
-    assert len(whole) == (3 if run == "ppo" else 2) and sum(map(abs, whole[0].values())) > 0.1
+    assert len(whole) == (3 if run == "ppo" else 2) and max(step["train/actor/grad_norm"] for step in whole) > 0.1
     for a, b in zip(whole, sharded, strict=True):
         assert all(abs(a[name] - b[name]) < 1e-5 for name in a), (a, b)
     weights = [load_file(ran[0] / f"{run}-{shard}/policy/model.safetensors") for shard in (False, True)]

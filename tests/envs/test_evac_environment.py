@@ -65,6 +65,21 @@ def test_observations_keep_the_contract_and_show_the_start():
         env.reset()
 
 
+def test_a_parked_world_model_goes_on_as_it_was():
+    pictures = []
+    for parks in (False, True):
+        env = make(1)
+        env.reset(seed=0)
+        env.step_chunk(actions(1))
+        if parks:
+            env.park()
+            assert env.imagination.model.accelerated is None
+            env.unpark()
+        pictures.append(env.step_chunk(actions(1, seed=1)).observation["main_images"])
+        env.close()
+    np.testing.assert_array_equal(*pictures)
+
+
 def test_states_are_the_poses_that_the_converter_has_reached():
     env = make(1)
     env.reset(seed=0, options={"task": 0, "trial": 1})

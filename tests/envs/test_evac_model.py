@@ -8,7 +8,7 @@ import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, tiny
 from vlahub_envs.evac import checkpoint
-from vlahub_envs.evac.acceleration import Inputs, denoise, size_for
+from vlahub_envs.evac.acceleration import Inputs, denoise, lay_out, size_for
 from vlahub_envs.evac.clip import clip_pixels
 from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
@@ -241,3 +241,14 @@ def test_acceleration_needs_a_gpu_and_a_name():
         tiny().accelerate("graph")
     with pytest.raises(ValueError, match="must be one of off, graph, compile"):
         tiny().accelerate("fast")
+
+
+def test_the_layout_of_the_weights_changes_nothing():
+    model = tiny()
+    made, x = conditions(model, 1), torch.randn(1, 4, CHUNK, *CONFIG.latent_size)
+    wanted = model.network(made, MEMORY)(x, 500), model.decode(x)
+    lay_out(model.unet)
+    lay_out(model.first_stage_model)
+    assert model.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip((model.network(made, MEMORY)(x, 500), model.decode(x)), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import itertools
 import os
 import pickle
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 
 import vlahub
+from vlahub import catalog
 from vlahub_envs.libero import assets, standins, upstream
+from vlahub_envs.libero import scene as scenes
 from vlahub_envs.libero.scene import axis_angle
 from vlahub_envs.libero.simulation import PROTOCOLS, Libero
 from vlahub_policies.parts import robots
@@ -204,6 +207,16 @@ def test_tasks_are_the_published_ones():
         assert not states[:, 0].any() and np.isfinite(states).all()
 
 
+def test_a_suite_can_be_cut_down_to_one_task():
+    simulation = Libero("90", task=17, **SMALL)
+    assert simulation.tasks == 1 and simulation.all_tasks == upstream.tasks("90")[17:18]
+    with pytest.raises(ValueError, match="task 1 is out of range; valid are 0 to 0"):
+        simulation.reset(0, {"task": 1})
+    for suite, count in (("Goal", 10), ("90", 90), ("130", 130)):
+        with pytest.raises(ValueError, match=f"task {count} is out of range; valid are 0 to {count - 1}"):
+            Libero(suite, task=count, **SMALL)
+
+
 def test_initial_states_run_no_code(tmp_path):
     with zipfile.ZipFile(tmp_path / "bad.init", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(os.getcwd))
@@ -215,6 +228,7 @@ def test_protocols():
     limits = {name: [protocol.max_steps[suite] for suite in ("Spatial", "Object", "Goal", "10", "90")] for name, protocol in PROTOCOLS.items()}
     assert limits["openvla"] == limits["openpi"] == [220, 280, 300, 520, 400]
     assert limits["lerobot"] == [280, 280, 300, 520, 400] and limits["rlinf"] == [240, 240, 320, 512, 512]
+    assert all(catalog.env_card(f"vlahub/LIBERO-{suite}").protocols == tuple(PROTOCOLS) for suite in upstream.SUITES)
     assert (PROTOCOLS["openvla"].settle, PROTOCOLS["rlinf"].settle) == (10, 15)
     assert Libero("Goal", protocol="rlinf", **SMALL).max_steps == 320
 
@@ -300,7 +314,7 @@ def test_bad_arguments_are_named(options, words):
 
 
 def test_bad_tasks_and_trials_are_named(env):
-    for options, words in (({"task": 10}, "task 10 is out of range.* 0 to 9"), ({"trial": 50}, "trial 50 is out of range.* 0 to 49")):
+    for options, words in (({"task": 10}, "task 10 is out of range; valid are 0 to 9"), ({"trial": 50}, "trial 50 is out of range; valid are 0 to 49")):
         with pytest.raises(ValueError, match=words):
             env.reset(seed=0, options=options)
     with pytest.raises(TypeError, match="task must be a whole number"):
@@ -315,6 +329,41 @@ def test_no_gl_says_what_to_install(monkeypatch):
     monkeypatch.setattr(upstream.ctypes.util, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match=r"no OpenGL library for egl or osmesa.*libegl1"):
         upstream.choose_gl()
+
+
+def test_a_context_that_cannot_be_made_names_its_backend(monkeypatch):
+    module = importlib.import_module(f"mujoco.{upstream.choose_gl()}")
+
+    def refuse(width, height):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(module, "GLContext", refuse)
+    with pytest.raises(RuntimeError, match=rf"{upstream.choose_gl()} was tried \(RuntimeError: no driver\).*MUJOCO_GL=.*apt-get install"):
+        scenes._gl_context.__wrapped__(0)
+
+
+def test_a_lost_context_is_an_error_and_the_end_of_a_worker(env, monkeypatch):
+    env.reset(seed=0, options={"task": BOWL_ON_STOVE})
+    painter, left = env.simulation.scene.painter, []
+    monkeypatch.setattr(scenes.mujoco, "mjr_getError", lambda: 0x507)
+    with pytest.raises(RuntimeError, match="lost its OpenGL context.*0x507"):
+        env.render()
+    monkeypatch.undo()
+
+    class Lost:
+        def make_current(self):
+            raise RuntimeError("Failed to make the EGL context current.")
+
+    monkeypatch.setattr(painter, "gl", Lost())
+    with pytest.raises(RuntimeError, match="lost its OpenGL context.*Failed to make"):
+        env.render()
+    monkeypatch.setattr(scenes.worker, "serving", True)
+    monkeypatch.setattr(scenes.os, "_exit", left.append)
+    with pytest.raises(RuntimeError):  # where os._exit comes back
+        env.render()
+    assert left == [1]
+    monkeypatch.undo()
+    assert env.render().std() > 0
 
 
 def test_making_one_is_silent_and_needs_no_home():

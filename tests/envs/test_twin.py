@@ -12,8 +12,9 @@ from vlahub import catalog
 from vlahub_envs.twin import assets
 from vlahub_envs.twin.expert import grasp_yaw
 from vlahub_envs.twin.gap import Gap
-from vlahub_envs.twin.layout import MIN_DISTANCE, OBJECT_PLACES, PAIRS, TABLE_TOP, TRAY_PLACES, YAWS, draw
+from vlahub_envs.twin.layout import MIN_DISTANCE, OBJECT_PLACES, PAIRS, TABLE_TOP, TRAY_PLACES, YAWS, draw, overlap
 from vlahub_envs.twin.objects import NAMES, THINGS, TRAY, parts, tray_parts
+from vlahub_policies.parts.robots import TWIN
 
 ID = "vlahub/Twin-PickPlace"
 SMALL = {"camera_size": (24, 32), "assets": "stand-in"}
@@ -50,6 +51,16 @@ def test_layouts_are_those_of_the_published_grids():
     assert draw(np.random.RandomState(3), 25) == draw(np.random.RandomState(3), 25) != draw(np.random.RandomState(4), 25)
 
 
+def test_what_reaches_over_the_tray_starts_above_its_rim(env):
+    assert overlap((0, 0), 0, (0.1, 0.02), (0.09, 0), 0.11) and not overlap((0, 0), np.pi / 2, (0.1, 0.02), (0.09, 0), 0.11)
+    assert not overlap((0, 0), np.pi / 4, (0.02, 0.02), (0.09, 0), 0.11) and overlap((0, 0), 0.3, (0.01, 0.01), (0, 0), 0.11)
+    env.reset(seed=67)  # a bottle of 122 mm, 82 mm from the tray's middle
+    before = env.simulation.cell.thing_pose[0, :3].clone()
+    assert before[2] == pytest.approx(TABLE_TOP + 0.006 + 0.001 + 0.039 / 2, abs=1e-4)
+    env.step_chunk(np.tile(STAY, (5, 1)))
+    assert torch.linalg.norm(env.simulation.cell.thing_pose[0, :3] - before) < 0.01  # it comes to rest, and is not thrown out
+
+
 def test_standins_fill_the_published_sizes_and_fit_between_the_fingers():
     assert len(THINGS) == 25 and THINGS[6].key == "007_ketchup bottle_1" and THINGS[18].size == (0.035, 0.035, 0.085)
     for thing, made in [*((thing, parts(thing)) for thing in THINGS), (TRAY, tray_parts())]:
@@ -68,6 +79,7 @@ def test_the_robot_starts_at_home_and_the_camera_is_the_cells(env):
     # measured on the published twin
     assert observation["states"] == pytest.approx([0.525, 0, 0.132, -np.pi, 0.033, 0, 0.03], abs=5e-4)
     assert info["object"] in NAMES and observation["main_images"].shape == (24, 32, 3)
+    assert str(vlahub.check(env, TWIN)) == "direct"  # what the published checkpoint expects
     camera = env.simulation.cell._default_sensor_configs[0]
     assert camera.intrinsic[0] / 32 * 640 == pytest.approx([559.83, 0, 320], abs=0.05)
     assert camera.pose.p[0].tolist() == pytest.approx([0.184, 0.2, 1.4]) and camera.pose.q[0].tolist() == pytest.approx(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import vlahub
 from tests.policies import layouts
@@ -344,6 +345,14 @@ def test_what_cannot_be_reproduced_is_refused(base, tmp_path):
             Policy.from_pretrained(folder, base_vlm=base)
     with pytest.raises(CheckpointError, match="layout 'mixed' is unknown; known are unified, interleaved"):
         Policy.from_pretrained(tmp_path / "loss_type", base_vlm=base, layout="mixed")
+    depth = tmp_path / "lingbot-vla-4b-depth"
+    released(depth)
+    save_file({"model.depth_align_head.weight": torch.zeros(1)}, depth / "model-00003-of-00003.safetensors")
+    index = json.loads((depth / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.depth_align_head.weight"] = "model-00003-of-00003.safetensors"
+    (depth / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is a depth model: .* take the model without -depth"):
+        Policy.from_pretrained(depth)  # its base is nowhere, and need not be
 
 
 def test_contradictions_between_config_and_yaml_are_told(base, tmp_path):

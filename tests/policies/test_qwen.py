@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from vlahub.hub import CheckpointError
+from vlahub_policies.lingbot import LingBotPolicy
 from vlahub_policies.parts import pillow, qwen_text
 from vlahub_policies.parts.qwen_vl import TextModel, VisionTower, attention_bias, joint_attention, positions_of, read_config
+from vlahub_policies.parts.robots import LIBERO
+from vlahub_policies.starvla import QwenOFTPolicy
 
 IMAGE, VISION_START = 175, 172
 
@@ -136,3 +139,9 @@ def test_a_tokenizer_that_splits_a_needed_token_is_refused():
 def test_another_base_model_is_refused():
     with pytest.raises(CheckpointError, match="only qwen2_5_vl"):
         read_config({"model_type": "qwen3_vl"})
+
+
+@pytest.mark.parametrize("policy", [LingBotPolicy, QwenOFTPolicy])
+def test_an_unknown_acceleration_is_refused(policy):
+    with pytest.raises(ValueError, match="acceleration 'kernels' is unknown; known are off, graph, compile"):
+        policy.tiny(LIBERO, acceleration="kernels")

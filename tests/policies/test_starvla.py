@@ -337,6 +337,15 @@ def test_other_frameworks_and_damaged_files_are_refused(policy, tmp_path, run):
         Policy.from_pretrained(broken)
 
 
+def test_a_run_on_qwen3_is_refused_before_its_base_is_looked_for(policy, tmp_path):
+    other = layouts.starvla_run(tmp_path / "Qwen3-VL-OFT-RoboTwin2", policy, base="Qwen/Qwen3-VL-4B-Instruct", steps=(10,))
+    file = other / "checkpoints" / "steps_10_pytorch_model.pt"
+    state = {name: tensor.clone() for name, tensor in hub.read_pt(file).items()}
+    torch.save({**state, "qwen_vl_interface.model.model.language_model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, file)
+    with pytest.raises(CheckpointError, match="QwenOFT on Qwen3-VL, another network; only those on Qwen2.5-VL"):
+        Policy.from_pretrained(other)
+
+
 def test_a_pickle_with_code_is_not_run(policy, tmp_path, run):
     class Evil:
         def __reduce__(self):

@@ -125,6 +125,18 @@ class EvacVectorEnv(BaseVectorEnv):
         wanted = checked_mask(True if mask is None else mask, self.num_envs, "mask")
         return tuple(self.worlds[env].render() if wanted[env] and self.worlds[env].start else None for env in rows)
 
+    def park(self) -> None:
+        """Move the world model to the CPU. Its graphs read the weights where they lay, so they are made anew afterwards."""
+        self._idle(None, "park")
+        model = self.imagination.model
+        self._home = model.device
+        model.accelerate("off")
+        model.to("cpu")
+
+    def unpark(self) -> None:
+        self.imagination.model.to(self._home)
+        self.imagination.model.accelerate(self.imagination.acceleration)
+
     def close_extras(self, **kwargs: Any) -> None:
         self._thread.shutdown(cancel_futures=True)
         for world in self.worlds:

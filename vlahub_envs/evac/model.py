@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vlahub_envs.evac import conditioning
-from vlahub_envs.evac.acceleration import Accelerated, Acceleration, Inputs, denoise
+from vlahub_envs.evac.acceleration import Accelerated, Acceleration, Inputs, denoise, lay_out
 from vlahub_envs.evac.actions import ActionConverter
 from vlahub_envs.evac.autoencoder import Autoencoder, AutoencoderConfig
 from vlahub_envs.evac.clip import ClipConfig, ImageEmbedder
@@ -278,8 +278,8 @@ class WorldModel(nn.Module):
         if mode != "off" and self.device.type != "cuda":
             raise ValueError(f"acceleration {mode!r} needs a GPU; this world model lies on the {self.device.type}. Give device='cuda', or acceleration='off'")
         if mode == "compile":
-            for part in (self.unet, self.first_stage_model):
-                part.to(memory_format=torch.channels_last)  # the compiled layers then hardly move anything
+            lay_out(self.unet)
+            lay_out(self.first_stage_model)
         self.first_stage_model.compiled = torch.compile(self.first_stage_model.decoder.forward, dynamic=False) if mode == "compile" else None
         self.accelerated = None if mode == "off" else Accelerated(self.unet, mode)
 

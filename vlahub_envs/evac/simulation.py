@@ -189,6 +189,7 @@ class Imagination:
         eta = (config.eta if solver == config.solver else 0.0) if eta is None else eta
         self.steps = self.model.schedule.steps(calls, eta, calls < 50 if clean_end is None else clean_end, solver)
         self.threshold, self.max_batch = threshold, max_batch
+        self.acceleration = acceleration
         self.model.accelerate(acceleration)
         self.rays = self.model.camera_rays()
 

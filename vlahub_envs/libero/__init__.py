@@ -27,6 +27,7 @@ for _suite, _summary in SUITES.items():
             # hf-libero is missed with a message of its own, because it is installed without its dependencies
             needs=("mujoco", "robosuite", "bddl", "OpenGL", "easydict"),
             extra="libero",
+            protocols=("vlahub", "openvla", "openpi", "lerobot", "rlinf"),
             limits="Published checkpoints know the official assets; on stand-ins their success rates say nothing.",
         )
     )

@@ -6,9 +6,10 @@ import atexit
 import ctypes
 import itertools
 import os
+import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mujoco
 import numpy as np
@@ -20,6 +21,8 @@ from vlahub_envs.libero.upstream import LiberoTask
 CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> the model's
 # all of MjData that drawing reads
 SEEN = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+# Bytes of prepared meshes and textures that MuJoCo may keep for the next compilation. The robot takes 79 MB; every task needs it, and to prepare it takes 0.6 s.
+MESHES = 100 * 2**20
 HIDDEN = 5  # a group of geoms that is not drawn
 MAX_PLACEMENTS = 100  # rejection sampling of start poses fails once in a while; so often only if a region is too small
 
@@ -35,6 +38,7 @@ class Scene:
 
         libero.libero._assets_path_cache = str(assets)  # where libero looks first
         domain = libero.domains[bddl_utils.get_problem_info(str(task.bddl))["problem_name"]]
+        mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), MESHES)
         with _own_randomness(0):  # construction places objects once
             self.env = domain(
                 str(task.bddl),
@@ -129,8 +133,7 @@ class Scene:
 
 
 def _free_what_compiling_left() -> None:
-    """Meshes and textures, which MuJoCo keeps in case they are compiled again, and the heap that compiling leaves behind."""
-    mujoco.mj_clearCache(mujoco.mj_getCache())
+    """The heap that compiling needed."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
@@ -168,20 +171,33 @@ def _gl_context(process: int) -> Any:
     backend = upstream.choose_gl()
     if worker.serving:  # Mesa's software drivers start a thread for each core; workers share the cores already
         os.environ.setdefault("LP_NUM_THREADS", "0")
+    from OpenGL.error import Error as GLError
+
     try:
         if backend == "egl":
             from mujoco.egl import GLContext
         else:
             from mujoco.osmesa import GLContext
         context = GLContext(640, 480)
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError, GLError) as error:
         other = "osmesa" if backend == "egl" else "egl"
         raise RuntimeError(
-            f"no OpenGL context through {backend} ({error}); set MUJOCO_GL={other} before the program starts, or install Mesa "
-            "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6)"
+            f"no OpenGL context: {backend} was tried ({type(error).__name__}: {error}). Set MUJOCO_GL={other} before the program starts, or install Mesa "
+            "(Debian, Ubuntu: apt-get install libegl1 libgl1 libosmesa6; tools/system_packages.sh does it). `vlahub doctor` says which of them work"
         ) from error
     atexit.register(context.free)  # later, while the interpreter ends, EGL is gone already and complains
     return context
+
+
+def _give_up(reason: str) -> NoReturn:
+    """The OpenGL context is lost (a GPU that was reset, a driver that was replaced), and with it every picture of this process.
+
+    A worker ends: the vector env then starts another one, with a fresh context, and the episode counts as aborted."""
+    words = f"this process has lost its OpenGL context and cannot draw any more ({reason}); the driver's log (dmesg) may say why. Start the program again"
+    if worker.serving:
+        print(f"vlahub: {words}", file=sys.stderr, flush=True)
+        os._exit(1)
+    raise RuntimeError(words)
 
 
 class Painter:
@@ -208,6 +224,18 @@ class Painter:
         self.corners = boxes[:, None, :3] + signs * (boxes[:, None, 3:] + 0.001)
 
     def draw(self, data: mujoco.MjData, site_rgba: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
+        from OpenGL.error import Error as GLError
+
+        try:
+            image = self._draw(data, site_rgba, camera, size)
+            wrong = f"OpenGL error {code:#x}" if (code := mujoco.mjr_getError()) else ""
+        except (RuntimeError, GLError) as error:  # of making the context current
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            _give_up(wrong)
+        return image
+
+    def _draw(self, data: mujoco.MjData, site_rgba: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
         height, width = size
         self.gl.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)  # another model's buffer may be bound

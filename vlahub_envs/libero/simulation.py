@@ -78,11 +78,12 @@ class Libero:
     ## Arguments
     Args:
         suite: the registered ids set it.
+        task: make an environment of this one task of the suite, its task 0; without it every episode draws its task.
         protocol: limits and settle steps of "vlahub", "openvla", "openpi", "lerobot" or "rlinf".
         camera_size: (height, width) of both images.
         wrist: offer the wrist camera; without it, a look costs half.
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
-        models: how many compiled tasks to keep, about 170 MB each; the least recently used goes first.
+        models: how many compiled tasks to keep, about 170 MB each; the least recently used goes first, and comes back in 0.3 s.
 
     ## Options of reset
     `task`: number of the task in its suite. `trial`: 0 to 49, the initial state. What is not given is drawn from the seed.
@@ -96,6 +97,7 @@ class Libero:
     def __init__(
         self,
         suite: str,
+        task: int | None = None,
         protocol: Literal["vlahub", "openvla", "openpi", "lerobot", "rlinf"] = "vlahub",
         camera_size: tuple[int, int] = (256, 256),
         wrist: bool = True,
@@ -107,6 +109,9 @@ class Libero:
         if isinstance(models, bool) or not isinstance(models, int) or models < 1:
             raise ValueError(f"models must be a whole number of at least 1, not {models!r}")
         self.suite, self.all_tasks = suite, upstream.tasks(suite)
+        if task is not None:
+            task = _index({"task": task}, "task", 0, len(self.all_tasks))
+            self.all_tasks = self.all_tasks[task : task + 1]
         self.tasks, self.protocol = len(self.all_tasks), PROTOCOLS[protocol]
         self.max_steps = self.protocol.max_steps[suite]
         self.size = _checked_size(camera_size)
@@ -177,7 +182,7 @@ def _index(options: Mapping[str, Any], name: str, drawn: int, count: int) -> int
     except TypeError:
         raise TypeError(f"{name} must be a whole number, not {options[name]!r}") from None
     if not 0 <= index < count:
-        raise ValueError(f"{name} {index} is out of range; this environment has {name}s 0 to {count - 1}")
+        raise ValueError(f"{name} {index} is out of range; valid are 0 to {count - 1}")
     return index
 
 

@@ -46,7 +46,7 @@ from sapien.render import RenderBodyComponent, RenderMaterial, RenderTexture2D
 from vlahub.catalog import suggest
 from vlahub_envs.twin import assets as asset_sets
 from vlahub_envs.twin.gap import Gap
-from vlahub_envs.twin.layout import BASE, FAR, FRONT, HOME, INSTRUCTION, NEAR, TABLE_TOP, Layout, draw
+from vlahub_envs.twin.layout import BASE, FAR, FRONT, HOME, INSTRUCTION, NEAR, TABLE_TOP, Layout, draw, overlap
 from vlahub_envs.twin.objects import NAMES, THINGS, TRAY, Part, Thing, parts, tray_parts
 
 MAX_STEPS = 80
@@ -331,8 +331,10 @@ class TwinPickPlace(BaseEnv):
             yaw = np.zeros(count)
             for row, layout in enumerate(layouts):
                 if layout.thing == number:
-                    p[row] = (*layout.place, TABLE_TOP - self._bottom[number] + CLEARANCE)
                     yaw[row] = layout.yaw + thing.yaw
+                    # long objects may reach over the tray: they start above its rim and come to rest on it
+                    rim = TRAY.size[2] if overlap(layout.place, yaw[row], thing.size, layout.tray, TRAY.size[0]) else 0
+                    p[row] = (*layout.place, TABLE_TOP + rim - self._bottom[number] + CLEARANCE)
             q = np.stack([np.cos(yaw / 2), 0 * yaw, 0 * yaw, np.sin(yaw / 2)], 1)
             actor.set_pose(self._poses(p, q))
         trays = np.array([(*layout.tray, TABLE_TOP - self.asset_set.bottom(TRAY) + CLEARANCE) for layout in layouts])

@@ -59,3 +59,16 @@ def draw(random: Integers, things: int) -> Layout:
     thing, pair, yaw = (int(random.randint(0, count)) for count in (things, len(PAIRS), len(YAWS)))
     i, j = PAIRS[pair]
     return Layout(thing, tuple(map(float, OBJECT_PLACES[i])), float(YAWS[yaw]), tuple(map(float, TRAY_PLACES[j])))
+
+
+def overlap(place: tuple[float, float], yaw: float, size: tuple[float, ...], tray: tuple[float, float], side: float, margin: float = 0.005) -> bool:
+    """Does an object's footprint reach over the tray's, seen from above? Two rectangles are apart if their shadows are, along an axis of one of them."""
+    turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
+    corners = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+    object_corners = place + (corners * np.array(size[:2]) / 2) @ turn.T
+    tray_corners = tray + corners * side / 2
+    for axis in (*np.eye(2), *turn.T):
+        a, b = object_corners @ axis, tray_corners @ axis
+        if a.min() > b.max() + margin or b.min() > a.max() + margin:
+            return False
+    return True

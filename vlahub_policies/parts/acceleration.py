@@ -14,6 +14,8 @@ from vlahub.distributed import is_sharded
 from vlahub_policies.parts.capture import Captured
 from vlahub_policies.parts.packing import unpack
 
+MODES = ("off", "graph", "compile")  # plain; one CUDA graph per shape; of compiled layers
+
 
 class Quick(dict):
     """For a class of layers, what is called instead as quick[type(layer)](layer, *inputs). A copy of a module gets none: it has weights of its own."""
@@ -58,7 +60,7 @@ class Acceleration:
         function: Callable[[dict], dict],
         pack: Callable[[nn.Module], None],
         quick: Callable[[nn.Module, str], Mapping[type, Callable]],
-        modes: tuple[str, ...] = ("off", "graph", "compile"),
+        modes: tuple[str, ...] = MODES,
     ):
         self.policy, self.function, self.pack, self.quick, self.modes = policy, function, pack, quick, modes
         self.release()

@@ -1,4 +1,4 @@
-"""Triton kernels for inference in bf16 on CUDA: a Gemma layer in five launches instead of some fifteen, and attention of many query heads to one key/value head.
+"""Triton kernels for inference in bf16 on CUDA: a Gemma layer in five launches instead of some fifteen, and attention of query heads that share keys.
 
 One decision at batch 1 runs 50 tokens through 18 layers ten times. Each product then takes a few microseconds, as much as a launch, so what surrounds a product
 (norm before; rotation, gate, residual after) is done where the product is. A product with few columns is divided along its depth too, and a kernel starts, and
@@ -18,7 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vlahub_policies.parts.gemma import Gemma, KeysValues
 
-ROWS = 64  # rows of a tile; more tokens than this take the ordinary path
+ROWS = 64  # rows of a tile; as many tokens or more take the ordinary path
+COUNTERS = 512  # more than any product has tiles
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Tile:
 
 
 # Measured on an H200, `python benchmarks/kernel_tiles.py`. Fixed rather than chosen at the first call, so that results repeat from run to run.
-TILES = {"qkv": Tile(16, 128, 4, 4), "out": Tile(32, 128, 4, 4, 4), "gate_up": Tile(32, 128, 8, 3), "down": Tile(32, 128, 4, 4, 4)}
-ATTENTION = (16, 4, 4)
+TILES = {"qkv": Tile(16, 256, 4, 3), "out": Tile(32, 128, 4, 4, 4), "gate_up": Tile(32, 128, 4, 4), "down": Tile(32, 128, 4, 4, 8)}
+ATTENTION = (16, 4, 5)  # queries, warps, parts of the keys
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> int:
+def _overlaps(device: torch.device) -> bool:
     """Whether a kernel can start before the one ahead of it has ended (programmatic dependent launch)."""
-    return 2 if torch.version.cuda is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else 0
+    return torch.version.cuda is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 # ------------------------------------------------------------------------------------------------ products
@@ -62,9 +63,9 @@ def _fetch(weights, columns, low, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.co
 @triton.jit
 def _begin(weights, columns, low, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
     """Let the next kernel start, ask for the weights, and wait for the kernel before to end: only then is its output there."""
-    if OVERLAP > 0:
+    if OVERLAP:
         gdc_launch_dependents()
-        if OVERLAP > 1:
+        if K % DEPTH == 0 and DEPTH % 128 == 0:  # else a piece could reach beyond the weights, or be no multiple of 16 bytes
             _fetch(weights, columns, low, N, K, DEPTH)
         gdc_wait()
 
@@ -134,9 +135,11 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _start(x, scale, shift, out, scaled, sums, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SHIFT: tl.constexpr):
-    """x [M, N] in bf16, and what the first norm needs of it."""
+def _start(x, scale, shift, out, scaled, sums, counters, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SHIFT: tl.constexpr, COUNTERS: tl.constexpr):  # fmt: skip
+    """x [M, N] in bf16, what the first norm needs of it, and zeros to count with."""
     tile, rows = tl.program_id(0), tl.arange(0, BM)
+    if tile == 0:
+        tl.store(counters + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32))
     columns = tile * BN + tl.arange(0, BN)
     place, inside = rows[:, None] * N + columns[None, :], (rows[:, None] < M) & (columns[None, :] < N)
     _hand_on(tl.load(x + place, mask=inside, other=0.0), place, rows, columns, tile, inside, out, scaled, sums, scale, shift, M, N, SHIFT)
@@ -251,7 +254,7 @@ def _attention(
     One program: BM queries of a group, token by token, and one of SPLITS parts of the keys; the last of them to end joins the parts.
     """
     block, part, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) % GROUPS, (tl.program_id(2) // GROUPS).to(tl.int64)
-    if OVERLAP > 0:
+    if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     count = S * HEADS
@@ -305,7 +308,7 @@ def attend(
     bias: torch.Tensor,
     tile: tuple[int, int, int] | None = None,
     counters: torch.Tensor | None = None,
-    overlap: int = 0,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """q [B, S, heads, D], past and own keys and values [B, T, kv heads, D], bias [B, 1, S, past + own] -> [B, S, heads * D]
 
@@ -334,7 +337,7 @@ def attend(
     steps = [step for x in (q, past_k, past_v, k, v) for step in x.stride()[:3]]
     _attention[(blocks, splits, batch * groups)](
         q, past_k, past_v, k, v, bias, out, parts, *sums, out if counters is None else counters, length, size**-0.5, bias.stride(0), bias.stride(2), *steps,
-        before, after, heads // groups, groups, size, rows, 64, splits, overlap, num_warps=warps, num_stages=2, launch_pdl=overlap > 0,
+        before, after, heads // groups, groups, size, rows, 64, splits, overlap, num_warps=warps, num_stages=2, launch_pdl=overlap,
     )  # fmt: skip
     return out
 
@@ -354,12 +357,6 @@ def attend_opaque(q: torch.Tensor, past: KeysValues | None, own: KeysValues, bia
     return _attend(q, *(past or (None, None)), *own, bias)
 
 
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every product leaves as zeros. One layer runs at a time."""
-    return torch.zeros(512, dtype=torch.int32, device=device)
-
-
 def stack(
     gemma: Gemma,
     x: torch.Tensor,
@@ -377,7 +374,7 @@ def stack(
     first = gemma.layers[0]
     heads, size, hidden = first.self_attn.heads, first.self_attn.head_dim, first.mlp.gate_proj.out_features
     dtype, device, shifted = first.mlp.down_proj.weight.dtype, x.device, int(modulations is not None)
-    overlap, counters = _overlaps(device), _counters(device)
+    overlap = _overlaps(device)
     cos, sin = (part.contiguous() for part in turn)
     norms = gemma.norms()
     if modulations is None:  # (scale, shift, gate): the gate belongs to the product before the next norm
@@ -390,9 +387,7 @@ def stack(
 
     def how(name: str) -> dict:
         tile = TILES[name]
-        return dict(
-            BM=ROWS, BN=tile.columns, BK=tile.depth, SHIFT=shifted, OVERLAP=overlap, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlap > 0
-        )
+        return dict(BM=ROWS, BN=tile.columns, BK=tile.depth, SHIFT=shifted, OVERLAP=overlap, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlap)
 
     def norm_of(tiles: int) -> dict:
         return dict(PARTS=tiles, SLOTS=triton.next_power_of_2(tiles))
@@ -406,9 +401,10 @@ def stack(
         )
         return out, scaled, sums
 
+    counters = buffer(COUNTERS, dtype=torch.int32)  # every product leaves them as zeros
     tiles = -(-width // 32)
     out, scaled, sums = buffer(length, width), buffer(length + 1, width), buffer(tiles, length, dtype=torch.float32)
-    _start[(tiles,)](x.contiguous(), *parts[0][:2], out, scaled, sums, length, width, ROWS, 32, shifted)
+    _start[(tiles,)](x.contiguous(), *parts[0][:2], out, scaled, sums, counters, length, width, ROWS, 32, shifted, COUNTERS)
     kept = []
     for i, layer in enumerate(gemma.layers):
         attention, mlp = layer.self_attn, layer.mlp

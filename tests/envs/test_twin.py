@@ -169,12 +169,13 @@ def test_the_expert_solves_it(env, real, env_id, seed):
     expert.reset()
     total, grasped = 0.0, False
     for _ in range(env.simulation.max_steps):
-        result = env.step_chunk(expert.act())
-        assert "clipped" not in result.info
-        total, grasped = total + result.reward[0], grasped or result.info["grasped"]
-        if result.info["success"]:
+        chunk = expert.act()
+        assert env.action_space.contains(chunk[0])
+        outcomes = env.simulation.apply(chunk)  # without a look
+        total, grasped = total + outcomes.reward[0], grasped or outcomes.info["grasped"]
+        if outcomes.success[0]:
             break
-    assert grasped and total == pytest.approx(1.2) and bool(result.terminated[0]) == env.simulation.stop_when_solved
+    assert grasped and total == pytest.approx(1.2) and bool(outcomes.terminated[0]) == env.simulation.stop_when_solved
     assert env.simulation.render().shape == (480, 640, 3)
 
 
@@ -308,6 +309,7 @@ def test_the_official_release_is_used_where_it_is_complete(tmp_path, monkeypatch
         ({"assets": "oficial"}, FileNotFoundError, "'auto', 'official', 'stand-in'"),
         ({"gap": {"delai": 0.1}}, ValueError, "did you mean 'delay'"),
         ({"gap": {"delay": -1}}, ValueError, r"gap\.delay must be at least 0"),
+        ({"gap": {"delay": 0.2}}, ValueError, r"gap\.delay must be below 0.2 s"),
         ({"cell": "real"}, TypeError, "no option 'cell'"),
         ({"camera_sise": (24, 32)}, TypeError, "'camera_size'"),
     ],

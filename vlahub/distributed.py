@@ -18,6 +18,7 @@ import datetime
 import functools
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -391,9 +392,8 @@ def _outermost(plain: Callable, gathering: Callable, inside: list[str]) -> Calla
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` was applied to it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes most of a second to import; while nobody has, nothing is sharded
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @contextlib.contextmanager
@@ -401,9 +401,7 @@ def whole(module: nn.Module) -> Iterator[None]:
     """Inside, every rank holds all weights of a sharded module, so a forward pass needs no other rank: in rollouts, where ranks do not ask in step, and where
     rank 0 evaluates alone. A collective at its beginning; nothing for a module that is whole anyway. No gradients inside, and no state_dict(), which shards again.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = [part for part in module.modules() if is_sharded(part)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

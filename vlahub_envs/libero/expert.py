@@ -22,6 +22,8 @@ METRES, RADIANS = 0.05, 0.5  # that an action of 1 asks for
 GAIN = 1.25  # of the distance to the target asked for in each step; the controller follows with a delay of three steps
 STEEP = 6.0  # metres that a way over obstacles leads down for each metre to the side
 MARGIN = 0.02  # m between what is carried and what lies under its way
+AHEAD = 0.05  # m
+LOW = 0.035  # m above the lowest point of what is carried, up to which even what is left behind could catch it
 LIFT = 0.04  # m of missing height at which nothing moves to the side any more
 HAND = (0.05, 0.11)  # m from the grip site up to the hand's body, and how far that reaches to the sides
 REST = 0.0006  # m: fingers that move less than this in a step have stopped
@@ -180,7 +182,7 @@ class ScriptedExpert:
             aside = np.linalg.norm(error - out * (out @ error))
             back = 0.1
             if out[2] < -0.9:
-                over = min(self._height_over(here, position, 0.06, TIP, 0.0, set()), self._ceiling(position))
+                over = min(self._height_over(here, position, 0.06, TIP, 0.0, set()), self._ceiling(here, error))
                 back = max(back, over - position[2])
             position = position - out * min(back, STEEP * max(0.0, aside - 0.004) + 0.15 * max(0.0, angle - ARRIVED[1]))
             yield self._towards(position, rotation)
@@ -202,7 +204,7 @@ class ScriptedExpert:
             if abs(np.linalg.norm(hand - here) - apart) > SLIPPED:
                 break
             over = self._height_over(here, there, self._radius(name), here[2] - low, hand[2] - here[2], own)
-            over = max(min(over, self._ceiling(hand + there - here) - hand[2] + here[2]), there[2])
+            over = max(min(over, self._ceiling(hand, there - here) - hand[2] + here[2]), there[2])
             needed = min(over, there[2] + STEEP * max(0.0, aside - 0.01))
             free = np.clip(1 - (needed - here[2]) / LIFT, 0, 1)
             back = (1 - free) * max(0.0, needed - here[2]) * rotation[:2, 2] / rotation[2, 2]  # out as the hand came in: it may lean, under a drawer
@@ -316,8 +318,8 @@ class ScriptedExpert:
         way = start[:2] + np.linspace(0, 1, 20)[:, None, None] * (end - start)[:2]  # [20, 1, 2]
         outside = np.maximum(low - way, way - high)  # [20, n, 2]
         gap = np.linalg.norm(np.maximum(outside, 0), axis=2) + np.minimum(outside.max(axis=2), 0)  # [20, n] negative inside
-        # what lies beside the start and is left behind does not count, unless it lies below
-        gap = np.where((gap.min(axis=0) < gap[0] - 0.002) | (top < start[2] - below + 0.005), gap.min(axis=0), np.inf)
+        # what is left behind does not count, unless it is low
+        gap = np.where((gap.min(axis=0) < gap[0] - 0.002) | (top < start[2] - below + LOW), gap.min(axis=0), np.inf)
         height = -np.inf
         for reach, lift in ((radius, below + MARGIN), (HAND[1], MARGIN - HAND[0] - above)):
             # what lies beside the way counts less and less, so that nothing that comes near makes the hand jump
@@ -328,11 +330,12 @@ class ScriptedExpert:
         """From the grip site to where the axes of the arm's joints 5 and 6 meet."""
         return self.data.xanchor[self.arm.wrist] - self.data.site_xpos[self.arm.site]
 
-    def _ceiling(self, position: np.ndarray) -> float:
-        """How high the hand can be there without straightening the elbow."""
-        wrist, shoulder = position + self._wrist(), self.data.xanchor[self.arm.shoulder]
+    def _ceiling(self, position: np.ndarray, way: np.ndarray) -> float:
+        """How high the hand can be a little further on its way and keep well away from a straight elbow."""
+        ahead = position + way * min(1.0, AHEAD / max(1e-6, float(np.linalg.norm(way[:2]))))
+        wrist, shoulder = ahead + self._wrist(), self.data.xanchor[self.arm.shoulder]
         level = np.linalg.norm((wrist - shoulder)[:2])
-        return float(shoulder[2] + np.sqrt(max(0.0, REACH**2 - level**2)) - (wrist - position)[2])
+        return float(shoulder[2] + np.sqrt(max(0.0, (REACH - 0.02) ** 2 - level**2)) - (wrist - ahead)[2])
 
     def _within_reach(self, position: np.ndarray) -> np.ndarray:
         """The point itself, or as far towards it at the same height as the elbow allows."""
@@ -359,8 +362,8 @@ class ScriptedExpert:
         stretched = np.linalg.norm(here + self._wrist() - self.data.xanchor[self.arm.shoulder])
         speed = np.clip((SLOW[1] - stretched) / (SLOW[1] - SLOW[0]), SLOW[2], 1)
         turn = GAIN * Rotation.from_matrix(rotation @ turned.T).as_rotvec() / RADIANS
-        level = speed * move[:2] / max(1.0, np.abs(move[:2]).max())
-        return np.concatenate([level, speed * np.clip(move[2:], -1, 1), turn / max(1.0, np.abs(turn).max()), [self.grip]])
+        level = move[:2] / max(1.0, np.abs(move[:2]).max() / speed)
+        return np.concatenate([level, np.clip(move[2:], -speed, speed), turn / max(1.0, np.abs(turn).max()), [self.grip]])
 
 
 def _gap(bounds: np.ndarray, point: np.ndarray) -> np.ndarray:

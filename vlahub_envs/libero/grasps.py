@@ -105,7 +105,8 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
             for low_face, high_face in lines[1]:
                 # the same piece of matter on the lines to both sides; a slanting face would turn the object between the fingers
                 sides = [next((face for face in line if face[0] < high_face and face[1] > low_face), None) for line in (lines[0], lines[2])]
-                if sides == [None, None]:
+                beside = [face for line in (lines[0], lines[2]) for face in line if face[0] < high_face + OPENING / 2 and face[1] > low_face - OPENING / 2]
+                if not beside:
                     faces, slant = np.array([(low_face, high_face)]), THIN
                 elif None in sides:
                     continue

@@ -281,6 +281,9 @@ def test_the_official_release_is_asked_for_by_name(tmp_path, monkeypatch):
         (tmp_path / "libero" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "libero" / path).write_bytes(content)
     assert assets.find("auto") == ("official", tmp_path / "libero")
+    (tmp_path / "libero/textures/yellow_linen_wall_texture.png").unlink()  # named by no XML file, but by a task's style
+    with pytest.raises(FileNotFoundError, match=r"lacks textures/yellow_linen_wall_texture\.png"):
+        assets.find("official")
     (tmp_path / "libero/stable_scanned_objects/plate/plate.xml").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks stable_scanned_objects/plate/plate\.xml"):
         assets.find("official")

@@ -7,19 +7,30 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 from vlahub import assets as releases
 from vlahub_envs.libero import standins
 
+STYLES = [name for name in standins.TEXTURES if not name.startswith("table_")]
+
 
 def missing(folder: Path) -> list[str]:
-    """What of the release `folder` lacks, of all that the suites need."""
-    return [path for path in standins.files() if not path.startswith("textures/table_") and not _there(folder, path)]
-
-
-def _there(folder: Path, path: str) -> bool:
-    # textures lie elsewhere in the official tree; the scenes name them
-    return (folder / "textures").is_dir() if path.startswith("textures/") else (folder / path).is_file()
+    """What of the release `folder` lacks, of all that the suites need: the XML files, and the meshes and textures that these name."""
+    gone = []
+    for path in standins.files():
+        if not path.endswith(".xml"):
+            continue
+        try:
+            named = ElementTree.parse(folder / path).getroot().iterfind("./asset/*[@file]")
+        except (OSError, ElementTree.ParseError):  # not there, or cut off
+            gone.append(path)
+            continue
+        files = {Path(path).parent / element.get("file", "") for element in named}
+        if path.startswith("scenes/"):  # a task may change the style of walls and floor, by another name in the same folder
+            files |= {file.parent / f"{style}.png" for file in files if file.stem in STYLES for style in STYLES}
+        gone += sorted(os.path.normpath(file) for file in files if not (folder / file).is_file())
+    return list(dict.fromkeys(gone))
 
 
 def find(assets: str | os.PathLike) -> tuple[str, Path]:

@@ -300,14 +300,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX, group=_team)
-    buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+    buckets: list[list[nn.Parameter]] = []
+    filling: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}  # the bucket that is being filled, and its numbers
     for parameter, wanted in zip(trained, used.tolist(), strict=True):
         if wanted:
-            full = buckets.setdefault((parameter.dtype, parameter.device), [[]])
-            if sum(member.numel() for member in full[-1]) + parameter.numel() > BUCKET:
-                full.append([])
-            full[-1].append(parameter)
-    for members in [bucket for full in buckets.values() for bucket in full if bucket]:
+            kind = parameter.dtype, parameter.device
+            bucket, size = filling.get(kind, ([], BUCKET))
+            if size + parameter.numel() > BUCKET:
+                bucket, size = [], 0
+                buckets.append(bucket)
+            bucket.append(parameter)
+            filling[kind] = bucket, size + parameter.numel()
+    for members in buckets:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
         dist.all_reduce(flat, group=_team)
         flat /= world()

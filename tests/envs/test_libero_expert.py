@@ -38,7 +38,7 @@ def test_it_brings_the_bowl_to_the_plate(spatial):
     solved, actions = play(simulation, expert)
     assert solved and not expert.failure and 40 < len(actions) < 130
     assert np.abs(actions).max() <= 1 and set(actions[:, 6]) == {-1, 1}
-    assert (np.diff(actions[:, 6]) != 0).sum() == 1  # it takes the bowl at the first attempt
+    assert (np.diff(actions[:, 6]) > 0).sum() == 1  # it takes the bowl at the first attempt
     resting = (np.abs(actions[:, :6]).max(axis=1) < 0.05) & (actions[:, 6] < 0)
     assert resting.sum() <= 3, "a policy that imitates pauses does not get out of them"
     # a function of the state: the same once more

@@ -29,7 +29,7 @@ HAND = (0.05, 0.11)  # m from the grip site up to the hand's body, and how far t
 REST = 0.0006  # m: fingers that move less than this in a step have stopped
 SLIPPED = 0.02  # m that an object may move in the grip
 REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
-SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves slower, as it could overshoot
+SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
 PATIENCE = 60  # steps in which a movement must have ended
 FLAT = 0.03  # m: what is lower and cannot be grasped is slid
@@ -359,8 +359,9 @@ class ScriptedExpert:
     def _towards(self, position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
         here, turned = self._hand()
         move = GAIN * (self._within_reach(position) - here) / METRES
-        stretched = np.linalg.norm(here + self._wrist() - self.data.xanchor[self.arm.shoulder])
-        speed = np.clip((SLOW[1] - stretched) / (SLOW[1] - SLOW[0]), SLOW[2], 1)
+        arm = here + self._wrist() - self.data.xanchor[self.arm.shoulder]
+        stretched = np.linalg.norm(arm)
+        speed = np.clip((SLOW[1] - stretched) / (SLOW[1] - SLOW[0]), SLOW[2], 1) if arm @ move > 0 else 1.0
         turn = GAIN * Rotation.from_matrix(rotation @ turned.T).as_rotvec() / RADIANS
         level = move[:2] / max(1.0, np.abs(move[:2]).max() / speed)
         return np.concatenate([level, np.clip(move[2:], -speed, speed), turn / max(1.0, np.abs(turn).max()), [self.grip]])

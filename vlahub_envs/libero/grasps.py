@@ -27,8 +27,9 @@ SLANT = 0.003  # m by which a face may lean over the width of the pads
 THIN = 0.002  # what is narrower than the pads holds as badly as a face that leans so much
 SPACING = 0.01  # between the lines
 BEFORE = 0.08  # m before a grasp, on the way to it
-TRIED = 400  # grasps, the cheapest first
+TRIED = 300  # grasps, the cheapest first
 EASY = 0.7  # m from the robot's foot up to which the arm is not nearly straight
+LONGEST = 0.95  # m from the shoulder to the grip site, with everything straight
 SPARE = 0.2  # rad that joints stay away from their ends
 ELBOW = (-2.8, -0.7)  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
 SAME_FACE = 0.003  # matter across a gap as narrow as this counts as one piece
@@ -118,7 +119,7 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
                     continue
                 position = at + (first + last) / 2 * closing
                 away = np.linalg.norm((position - centre)[:2] if abs(out[2]) > 0.5 else position - centre)
-                cost = 0.5 * turn + 150 * slant + 3 * away + 4 * (DEPTHS[0] - depth)
+                cost = 0.5 * turn + 150 * slant + 8 * away + 10 * (DEPTHS[0] - depth)
                 yield Grasp(position, rotation, cost)
 
 
@@ -142,6 +143,8 @@ class Arm:
     def reaches(self, position: np.ndarray, rotation: np.ndarray, play: float) -> bool:
         """Is there a posture of the arm, fingers open, with the grip site there, that touches nothing, nor with the hand `play` metres beside it?"""
         data = self.data
+        if np.linalg.norm(position - self.scene.data.xanchor[self.shoulder]) > LONGEST:
+            return False
         data.qpos[:] = self.scene.data.qpos
         data.qpos[self.joints], data.qpos[self.scene.fingers] = self.home, (OPENING / 2, -OPENING / 2)
         across = np.zeros((6, self.model.nv))

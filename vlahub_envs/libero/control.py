@@ -21,7 +21,7 @@ from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, o
 SUBSTEPS = 25  # of 2 ms: 20 Hz
 BROKEN = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 
-# MuJoCo's C functions on addresses of model, data and arrays. Named symbols, other than pointers, are found again by code that was compiled in another process.
+# MuJoCo's C functions on addresses of model, data and arrays. Unlike pointers, named symbols are found again by code that was compiled in another process.
 llvmlite.binding.load_library_permanently(str(next(Path(mujoco.__file__).parent.glob("*mujoco.*"))))
 _step1 = types.ExternalFunction("mj_step1", types.void(types.intp, types.intp))
 _step2 = types.ExternalFunction("mj_step2", types.void(types.intp, types.intp))
@@ -34,7 +34,7 @@ class Unstable(RuntimeError):
 
 
 class World(NamedTuple):
-    """MuJoCo's own arrays, seen from here, and two of ours for what it computes."""
+    """MuJoCo's own arrays, seen from here, and three of ours for what it computes."""
 
     model: int  # addresses
     data: int

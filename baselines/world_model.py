@@ -27,7 +27,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,12 +37,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 
 from vlahub import distributed, video
 from vlahub.dataset import Dataset, DatasetError
 from vlahub.distributed import Ranks, print0
-from vlahub.run import divides
+from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.autoencoder import SCALE
@@ -745,17 +743,5 @@ def main(args: Args) -> None:
     distributed.cleanup()
 
 
-def arguments(argv: Sequence[str] | None = None) -> Args:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parsed = tyro.cli(Args, description=__doc__, args=argv)
-    if not parsed.resume:
-        return parsed
-    file = Path(parsed.resume) / "args.json"
-    if not file.exists():
-        raise SystemExit(f"--resume {parsed.resume}: this folder holds no run (there is no {file.name}); give the folder that a run printed at its start")
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(file.read_text()).items()}
-    return dataclasses.replace(Args(**saved), resume=parsed.resume)
-
-
 if __name__ == "__main__":
-    main(arguments())
+    main(arguments(Args, __doc__))

@@ -18,6 +18,7 @@ import datetime
 import functools
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -299,14 +300,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX, group=_team)
-    buckets: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+    buckets: list[list[nn.Parameter]] = []
+    filling: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}  # the bucket that is being filled, and its numbers
     for parameter, wanted in zip(trained, used.tolist(), strict=True):
         if wanted:
-            full = buckets.setdefault((parameter.dtype, parameter.device), [[]])
-            if sum(member.numel() for member in full[-1]) + parameter.numel() > BUCKET:
-                full.append([])
-            full[-1].append(parameter)
-    for members in [bucket for full in buckets.values() for bucket in full if bucket]:
+            kind = parameter.dtype, parameter.device
+            bucket, size = filling.get(kind, ([], BUCKET))
+            if size + parameter.numel() > BUCKET:
+                bucket, size = [], 0
+                buckets.append(bucket)
+            bucket.append(parameter)
+            filling[kind] = bucket, size + parameter.numel()
+    for members in buckets:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
         dist.all_reduce(flat, group=_team)
         flat /= world()
@@ -391,9 +396,8 @@ def _outermost(plain: Callable, gathering: Callable, inside: list[str]) -> Calla
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` was applied to it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes most of a second to import; while nobody has, nothing is sharded
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @contextlib.contextmanager
@@ -401,9 +405,7 @@ def whole(module: nn.Module) -> Iterator[None]:
     """Inside, every rank holds all weights of a sharded module, so a forward pass needs no other rank: in rollouts, where ranks do not ask in step, and where
     rank 0 evaluates alone. A collective at its beginning; nothing for a module that is whole anyway. No gradients inside, and no state_dict(), which shards again.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = [part for part in module.modules() if is_sharded(part)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

@@ -91,6 +91,8 @@ def _known(args: Any) -> Any:
     """The arguments, if the names of environment and policy lead somewhere: a mistyped one is a message at once, not a traceback after minutes."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `--env-id module:id` names a module beside the user, where Python does not look for a script's imports
+    if not hasattr(args, "policy"):  # a world model's trainer has neither
+        return args
     family, _, name = args.policy.partition(":")
     try:
         if args.env_id:

@@ -9,6 +9,7 @@ import torch
 from baselines import world_model
 from baselines.world_model import Args, dropped, main, read_episodes, ssim, standardise
 from vlahub.dataset import DatasetError, DatasetWriter
+from vlahub.run import arguments
 from vlahub_envs.evac.environment import EvacVectorEnv
 from vlahub_envs.evac.model import WorldModel, tiny_config
 from vlahub_envs.evac.simulation import interface_of, state_of
@@ -66,7 +67,7 @@ def test_a_tiny_model_is_trained_reported_and_becomes_an_environment(tmp_path):
     assert env.step_chunk(np.zeros((2, 8, 7), np.float32)).length.max() > 0
     with pytest.raises(SystemExit, match="holds a run already"):
         main(args)
-    main(world_model.arguments(["--resume", str(tmp_path / "run")]))  # nothing is left to train; the report is written again
+    main(arguments(Args, "", ["--resume", str(tmp_path / "run")]))  # nothing is left to train; the report is written again
     assert json.loads((tmp_path / "run/report.json").read_text()) == found
 
 

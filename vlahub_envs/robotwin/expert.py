@@ -244,7 +244,7 @@ class Hands:
         """
         contact = np.linalg.inv(thing.pose) @ thing.point("contact", point) @ pose((-lower, 0, 0))  # its x axis is the hand's z axis
         before, at = self._grasps(side, thing, [contact], (pre, 0.0))
-        yield self.move(side, before)
+        yield self.move(side, before, straight=True)  # the joints' shortest way would lead over the table's edge
         yield self.move(side, at, straight=True)
 
     def grasp_both(

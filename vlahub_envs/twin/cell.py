@@ -56,7 +56,7 @@ MAX_STEP = 0.1  # m and rad: what one action may ask for
 # Of the seven joints. The real arm runs under an impedance controller, which these weak drives imitate: it lags by a quarter of a second
 STIFFNESS = (37.8, 29.925, 48.3, 48.3, 2.128, 27.3, 48.3)
 DAMPING = (10.5, 10.5, 10.5, 10.5, 0.6354, 10.5, 10.5)
-COLLECT_EVERY = 20  # scenes; an unused one takes a few MB
+COLLECT_EVERY = 20  # scenes; most are freed at once, without it
 CLEARANCE = 0.001  # m above the table at which things are set down
 SHELF = -3.0  # m, top of the shelf for objects that are not in use; the floor is at 0
 

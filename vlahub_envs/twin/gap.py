@@ -57,6 +57,8 @@ class Gap:
         for name in ("grain", "delay", "pixel_noise", "exposure_noise", "position_noise", "rotation_noise", "gripper_noise"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"gap.{name} must be at least 0, not {getattr(self, name)!r}")
+        if self.delay >= 0.2:
+            raise ValueError(f"gap.delay must be below 0.2 s, the time of one action, not {self.delay!r}")
 
     @classmethod
     def none(cls) -> Gap:

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import importlib
 import itertools
 import os
@@ -188,7 +189,10 @@ def test_states_and_pictures_equal_the_stock_environments():
                 simulation.scene.state[6:], seen["robot0_gripper_qpos"]
             )
     finally:
+        # robosuite frees its OpenGL objects when they are collected, in whatever context is current: it must be its own
+        stock.sim._render_context_offscreen.gl_ctx.make_current()
         stock.close()
+        gc.collect()
         simulation.close()
 
 

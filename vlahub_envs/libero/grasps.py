@@ -119,7 +119,7 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
                     continue
                 position = at + (first + last) / 2 * closing
                 away = np.linalg.norm((position - centre)[:2] if abs(out[2]) > 0.5 else position - centre)
-                cost = 0.5 * turn + 150 * slant + 8 * away + 10 * (DEPTHS[0] - depth)
+                cost = 0.5 * turn + 150 * slant + 8 * away + 5 * (DEPTHS[0] - depth)
                 yield Grasp(position, rotation, cost)
 
 

@@ -1,3 +1,8 @@
+import os
+
+# Before anything imports torch. Two test processes share the cores, and threads that wait for each other's turn take longer than one thread each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import vlahub
 from tests.worlds import POINT, POINT_TOLD
 

@@ -48,7 +48,7 @@ demo: setup ## Evaluate the scripted expert, a small trained VLA and a random po
 	@for policy in $(DEMO_POLICIES); do echo "report of $$policy: $(abspath $(OUT))/$$(basename $$policy)/report.html"; done
 
 test: setup ## Run the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests  # whole files: what a module's tests share, a world or a run, is made once
 
 lint: setup ## Check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -32,8 +32,8 @@ def make(env_id: str, **options) -> vlahub.Env:
     return gym.make(env_id, **options)
 
 
-# Building a world takes seconds, so the tests of one id share one. The group keeps them in one process under pytest-xdist.
-@pytest.fixture(scope="module", params=[pytest.param(env_id, marks=pytest.mark.xdist_group(env_id)) for env_id in catalog.ENVS])
+# Building a world takes seconds, so the tests of one id share one
+@pytest.fixture(scope="module", params=catalog.ENVS)
 def env(request):
     env = make(request.param, render_mode="rgb_array")
     yield env
@@ -175,9 +175,7 @@ def test_unknown_options_are_refused(env):
             env.reset(seed=seed)
 
 
-@pytest.mark.parametrize(
-    "env_id", [pytest.param(env_id, marks=pytest.mark.xdist_group(env_id)) for env_id in {c.family: c.id for c in catalog.ENVS.values()}.values()]
-)
+@pytest.mark.parametrize("env_id", {c.family: c.id for c in catalog.ENVS.values()}.values())
 def test_two_instances_agree(env_id):
     """Nothing of an episode depends on the process's history. One id per family: it shares its code with the others."""
     used, fresh = make(env_id), make(env_id)

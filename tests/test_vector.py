@@ -702,7 +702,9 @@ print(*[one.process.pid for one in env._workers], flush=True)
 def begin(body, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(PREPARE.format(root=str(ROOT)) + textwrap.dedent(body))
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    # A shell's background jobs, and what they start, ignore Ctrl-C; the program must not, whatever started the tests
+    program = f"import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path({str(script)!r}, run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(pids) == 2, process.communicate()
     return process, pids

@@ -65,8 +65,6 @@ for shard in (False, True):
 leave()
 """
 
-pytestmark = pytest.mark.xdist_group("sharded")  # its two ranks run once for all tests
-
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):

@@ -24,7 +24,6 @@ from vlahub_envs.libero.scene import axis_angle
 from vlahub_envs.libero.simulation import PROTOCOLS, Libero
 from vlahub_policies.parts import robots
 
-pytestmark = pytest.mark.xdist_group("libero")  # one process: each compiled task takes 200 MB
 SMALL = {"assets": "stand-in", "camera_size": (48, 64)}
 BOWL_ON_STOVE, STOVE_AND_MOKA = 7, 2
 

@@ -11,7 +11,6 @@ from vlahub_envs.libero import grasps, standins
 from vlahub_envs.libero.expert import START, ScriptedExpert
 from vlahub_envs.libero.simulation import Libero
 
-pytestmark = pytest.mark.xdist_group("libero")  # one process: each compiled task takes 200 MB
 BOWL_FROM_CENTRE, MILK, KNOB = 2, 7, 7
 
 

@@ -40,7 +40,7 @@ def simulate(task: str, **options) -> RoboTwin:
     return RoboTwin(task=task, assets="stand-in", cameras=("head",), camera_size=(16, 16), **options)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TASKS])
+@pytest.fixture(scope="module", params=TASKS)
 def simulation(request) -> Iterator[RoboTwin]:
     simulation = simulate(request.param)
     yield simulation

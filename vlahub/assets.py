@@ -25,7 +25,7 @@ class AssetPack:
     repository: str  # "lerobot/libero-assets"
     missing: str  # "module:function"; called with a folder, it lists what of the release is not there, and nothing if it is complete
     licence: str
-    megabytes: int  # what it takes on the disk, with archives and what is in them
+    megabytes: int  # what it takes on the disk at most, with archives and what is in them
     files: tuple[str, ...] = ("*",)  # patterns of the paths that are downloaded
     archives: tuple[str, ...] = ()  # zip files among them, unpacked in the pack's folder and then deleted
     elsewhere: tuple[str, ...] = ()  # folders in which other programs keep the same tree; looked at last
@@ -102,7 +102,7 @@ def download(name: str, folder: Path | None = None) -> Path:
         raise OSError(error.errno, f"cannot write to {folder}: {error.strerror}; choose another folder with --dir or VLAHUB_ASSETS") from error
     free = shutil.disk_usage(folder).free // 10**6
     if free < pack.megabytes:
-        raise OSError(f"{name} needs {pack.megabytes} MB, and {folder} has {free} MB free; choose another folder with --dir or VLAHUB_ASSETS")
+        raise OSError(f"{name} needs up to {pack.megabytes} MB, and {folder} has {free} MB free; choose another folder with --dir or VLAHUB_ASSETS")
     advice = f"Without a network here, run `vlahub assets {name} --download --dir DIR/{name}` where there is one, copy DIR here, and set VLAHUB_ASSETS=DIR"
     try:
         snapshot_download(pack.repository, repo_type="dataset", local_dir=folder, allow_patterns=list(pack.files))

@@ -189,11 +189,13 @@ def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreateP
         if download or dir:
             raise ValueError(f"say which assets: vlahub assets NAME --download; known are {', '.join(packs.PACKS) or 'none'}")
         for pack in packs.PACKS.values():
-            print(f"{pack.name}: {pack.summary}\n    {packs.find(pack.name) or f'not here: vlahub assets {pack.name} --download ({pack.megabytes} MB)'}")
+            print(
+                f"{pack.name}: {pack.summary}\n    {packs.find(pack.name) or f'not here: vlahub assets {pack.name} --download (at most {pack.megabytes} MB)'}"
+            )
         return 0
     pack = packs.pack_of(name)
     if download:
-        print(f"{pack.repository} (dataset on the Hugging Face hub), {pack.megabytes} MB. Licence: {pack.licence}")
+        print(f"{pack.repository} (dataset on the Hugging Face hub), at most {pack.megabytes} MB. Licence: {pack.licence}")
         folder = packs.download(name, dir and dir.expanduser())
         print(f"complete: {folder}" + (f". In use where VLAHUB_ASSETS={folder.parent} or assets='{folder}' is given" if dir else ""))
         return 0

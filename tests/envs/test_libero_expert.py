@@ -107,7 +107,7 @@ def candidates(name: str, yaw: float = 0.0) -> list[grasps.Grasp]:
 def test_a_bowl_is_taken_by_its_rim():
     radius = standins.THINGS["akita_black_bowl"].half[0]
     for grasp in candidates("akita_black_bowl")[:4]:
-        assert 0.6 * radius < np.linalg.norm(grasp.position[:2]) < radius
+        assert 0.52 * radius < np.linalg.norm(grasp.position[:2]) < radius  # where the wall stands, beside the foot
         direction = grasp.position[:2] / np.linalg.norm(grasp.position[:2])
         assert abs(direction @ grasp.rotation[:2, 0]) > 0.95  # the fingers close through the wall, not along it
 

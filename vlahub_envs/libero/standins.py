@@ -192,7 +192,7 @@ def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def bowl(thing: Thing) -> list[Solid]:
     """A round base and a leaning wall that the gripper can take by the rim."""
     radius, low, high = min(thing.half[:2]), thing.low[2], thing.high[2]
-    return [*round_(0.58 * radius, 2, low, low + 0.008, thing.centre), *_ring(thing.centre, (0.62 * radius, radius), low + 0.002, high, 0.005)]
+    return [*round_(0.48 * radius, 2, low, low + 0.008, thing.centre), *_ring(thing.centre, (0.52 * radius, radius), low + 0.002, high, 0.005)]
 
 
 def ramekin(thing: Thing) -> list[Solid]:

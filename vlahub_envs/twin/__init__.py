@@ -39,7 +39,7 @@ register_assets(
         repository="RLinf/RLCo-maniskill-assets",
         missing="vlahub_envs.twin.assets:missing_table",
         licence="see the dataset's card",
-        megabytes=500,
+        megabytes=500,  # the release states no size: a generous guess
         files=("custom_assets/*",),
     )
 )
@@ -50,7 +50,7 @@ register_assets(
         repository="RLinf/maniskill_assets",
         missing="vlahub_envs.twin.assets:missing_objects",
         licence="see the dataset's card",
-        megabytes=2_000,
+        megabytes=2_000,  # likewise
         files=("carrot/*",),
     )
 )

@@ -9,6 +9,7 @@ and others must know which step is the last one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -82,3 +83,27 @@ def check_options(options: Mapping[str, Any], known: Mapping[str, str]) -> None:
     if unknown:
         meanings = "; ".join(f"{name!r}: {meaning}" for name, meaning in known.items())
         raise ValueError(f"unknown reset option{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; known are {meanings}")
+
+
+def layout_of(seed: int, options: Mapping[str, Any]) -> tuple[int, int]:
+    """(trial, layout) of an environment with one task and endless layouts: seed s, trial j is the layout of seed s + j. Refuses other tasks and trials."""
+    if options.get("task", 0) != 0:
+        raise ValueError(f"task {options['task']!r} is out of range; this environment has task 0 only")
+    try:
+        trial = operator.index(options.get("trial", 0))
+    except TypeError:
+        trial = -1
+    if not 0 <= seed + trial < 2**32 or trial < 0:
+        raise ValueError(f"trial must be a whole number >= 0, not {options['trial']!r}")
+    return trial, seed + trial
+
+
+def checked_size(size: Any, least: int = 16) -> tuple[int, int]:
+    """`camera_size` as (height, width), or an error that says what it must be."""
+    try:
+        height, width = (operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(f"camera_size must be (height, width) in pixels, not {size!r}") from None
+    if not (least <= height <= 4096 and least <= width <= 4096):
+        raise ValueError(f"camera_size must be (height, width), each from {least} to 4096 pixels, not {size!r}")
+    return height, width

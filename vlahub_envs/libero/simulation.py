@@ -14,7 +14,7 @@ import numpy as np
 
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
-from vlahub.simulation import Outcomes, check_options
+from vlahub.simulation import Outcomes, check_options, checked_size
 from vlahub_envs.libero import assets as asset_sets
 from vlahub_envs.libero import upstream
 from vlahub_envs.libero.scene import Scene
@@ -114,7 +114,7 @@ class Libero:
             self.all_tasks = self.all_tasks[task : task + 1]
         self.tasks, self.protocol = len(self.all_tasks), PROTOCOLS[protocol]
         self.max_steps = self.protocol.max_steps[suite]
-        self.size = _checked_size(camera_size)
+        self.size = checked_size(camera_size, least=1)
         self.interface = _interface(*self.size, wrist)
         self.assets, self.folder = asset_sets.find(assets)
         self.models = models
@@ -184,16 +184,6 @@ def _index(options: Mapping[str, Any], name: str, drawn: int, count: int) -> int
     if not 0 <= index < count:
         raise ValueError(f"{name} {index} is out of range; valid are 0 to {count - 1}")
     return index
-
-
-def _checked_size(size: Any) -> tuple[int, int]:
-    try:
-        height, width = (operator.index(side) for side in size)
-    except (TypeError, ValueError):
-        raise ValueError(f"camera_size must be (height, width), not {size!r}") from None
-    if min(height, width) < 1 or max(height, width) > 4096:
-        raise ValueError(f"camera_size must be from 1 to 4096 pixels a side, not {size!r}")
-    return height, width
 
 
 def _interface(height: int, width: int, wrist: bool) -> Interface:

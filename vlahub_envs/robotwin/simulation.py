@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import numpy as np
 from vlahub.catalog import suggest
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
-from vlahub.simulation import Outcomes, check_options
+from vlahub.simulation import Outcomes, check_options, checked_size, layout_of
 from vlahub_envs.robotwin import assets as asset_sets
 from vlahub_envs.robotwin import clutter
 from vlahub_envs.robotwin import randomization as scenery
@@ -114,7 +113,7 @@ class RoboTwin:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
         self.control_mode, self.executor, self.instruction_set = control_mode, executor, instruction_set
         self.randomization = scenery.checked(randomization)
-        height, width = _checked_size(camera_size)
+        height, width = checked_size(camera_size)
         names = _checked_cameras(cameras)
         kind = find_embodiment(embodiment)
         self.task = load_task(task)
@@ -132,15 +131,7 @@ class RoboTwin:
 
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         check_options(options, {"task": "0, the only one of this environment", "trial": "number of the layout, counted from the seed's own"})
-        if options.get("task", 0) != 0:
-            raise ValueError(f"task {options['task']!r} is out of range; this environment has task 0 only")
-        try:
-            trial = operator.index(options.get("trial", 0))
-        except TypeError:
-            trial = -1
-        if not 0 <= seed + trial < 2**32 or trial < 0:
-            raise ValueError(f"trial must be a whole number >= 0, not {options['trial']!r}")
-        layout = seed + trial
+        trial, layout = layout_of(seed, options)
         draws = Draws(layout, self.randomization.table_height, self.randomization.camera_offset)
         self.scene.clear(draws.lowered)
         self._clock = 0
@@ -319,13 +310,3 @@ def _checked_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
     if "head" not in names or len(set(names)) < len(names):
         raise ValueError(f"cameras must contain 'head' (main_images) and each name once, not {names}")
     return names
-
-
-def _checked_size(size: Any) -> tuple[int, int]:
-    try:
-        height, width = (operator.index(side) for side in size)
-    except (TypeError, ValueError):
-        raise ValueError(f"camera_size must be (height, width) in pixels, not {size!r}") from None
-    if not (16 <= height <= 4096 and 16 <= width <= 4096):
-        raise ValueError(f"camera_size must be (height, width), each from 16 to 4096 pixels, not {size!r}")
-    return height, width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -14,7 +13,7 @@ import numpy as np
 from vlahub.catalog import suggest
 from vlahub.interface import Camera, Field, Interface
 from vlahub.observation import Observation
-from vlahub.simulation import Outcomes, check_options
+from vlahub.simulation import Outcomes, check_options, checked_size, layout_of
 from vlahub_envs.robotwin.stage import render_system
 from vlahub_envs.twin.gap import Gap
 from vlahub_envs.twin.layout import INSTRUCTION
@@ -87,7 +86,7 @@ class Twin:
         for name, (value, known) in choices.items():
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
-        size = _checked_size(camera_size)
+        size = checked_size(camera_size)
         numbers = _checked_gap(cell, gap or {})
         render_system(render_device)  # first: its error says what to install, and the renderer is kept for every later scene of this process
 
@@ -106,18 +105,11 @@ class Twin:
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         meanings = {"task": "0, the only one of this environment", "trial": "number of the layout, counted from the seed's own", "object": "name of the object"}
         check_options(options, meanings)
-        if options.get("task", 0) != 0:
-            raise ValueError(f"task {options['task']!r} is out of range; this environment has task 0 only")
-        try:
-            trial = operator.index(options.get("trial", 0))
-        except TypeError:
-            trial = -1
-        if not 0 <= seed + trial < 2**32 or trial < 0:
-            raise ValueError(f"trial must be a whole number >= 0, not {options['trial']!r}")
+        trial, layout = layout_of(seed, options)
         name = options.get("object")
         if name is not None and name not in NAMES:
             raise ValueError(f"there is no object {name!r}; {suggest(str(name), NAMES)}")
-        self._running().reset(seed=seed + trial, options={"object": name})
+        self._running().reset(seed=layout, options={"object": name})
         return {"task": 0, "trial": trial, "object": NAMES[int(self.cell.thing[0])]}
 
     def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
@@ -159,16 +151,6 @@ def _backend(device: str | None) -> str:
 
         return "sapien_cuda" if torch.cuda.is_available() else "sapien_cpu"
     return device.replace("cuda", "sapien_cuda").replace("cpu", "sapien_cpu")
-
-
-def _checked_size(size: Any) -> tuple[int, int]:
-    try:
-        height, width = (operator.index(side) for side in size)
-    except (TypeError, ValueError):
-        raise ValueError(f"camera_size must be (height, width) in pixels, not {size!r}") from None
-    if not (16 <= height <= 4096 and 16 <= width <= 4096):
-        raise ValueError(f"camera_size must be (height, width), each from 16 to 4096 pixels, not {size!r}")
-    return height, width
 
 
 def _checked_gap(cell: str, numbers: Mapping[str, Any]) -> Gap:

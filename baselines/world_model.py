@@ -186,7 +186,7 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
             if mine != other:
                 raise DatasetError(f"{folder}: a world model needs LIBERO's {what} ({mine}), these episodes have {other}")
         column = data.columns.main_images
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        with ThreadPoolExecutor(cores()) as pool:  # decoding releases Python's lock
             frames = np.stack(list(pool.map(lambda i, data=data, column=column: data._image(column, i), range(len(data)))))
         if parts["frames"] and frames.shape[1:] != parts["frames"][0].shape[1:]:
             raise DatasetError(f"{folder} has frames of {frames.shape[1:3]}, {folders[0]} of {parts['frames'][0].shape[1:3]}; record them at one size")
@@ -208,9 +208,10 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         for name, values in (("frames", frames), ("poses", poses), ("actions", data.actions)):
             parts[name].append(values)
         start += len(data)
-    keys: list = [number if number is not None else -1 - i for i, number in enumerate(numbers)]
-    unique = list(dict.fromkeys(keys))
-    kept = {unique[i] for i in np.random.default_rng(seed).permutation(len(unique))[: round(held_out * len(unique))]}
+    keys: list[tuple[int, ...]] = [(i,) if number is None else number for i, number in enumerate(numbers)]
+    # Every start draws for itself, so that a dataset which has grown (--resume) keeps what it kept before.
+    draws = {key: np.random.default_rng([seed, *key]).random() for key in keys}
+    kept = {key for key, draw in draws.items() if draw < held_out} or {min(draws, key=draws.__getitem__)}
     parts["held_out"] = [np.full(len(frames), key in kept) for frames, key in zip(episodes, keys, strict=True)]
     found = Episodes(**{name: np.concatenate(values) for name, values in parts.items()}, episodes=episodes, texts=texts, numbers=numbers)
     if not found.solved.any():
@@ -230,8 +231,12 @@ def all_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
     pieces = [poses[i : i + 1000] for i in range(0, len(poses), 1000)]
     if len(pieces) < 5:
         return draw_maps(poses, config)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
         return np.concatenate(list(pool.map(draw_maps, pieces, [config] * len(pieces))))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:

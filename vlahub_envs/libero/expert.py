@@ -26,10 +26,12 @@ AHEAD = 0.05  # m
 LOW = 0.035  # m above the lowest point of what is carried, up to which even what is left behind could catch it
 LIFT = 0.04  # m of missing height at which nothing moves to the side any more
 HAND = (0.05, 0.11)  # m from the grip site up to the hand's body, and how far that reaches to the sides
+GRIP = 5  # steps until the gripper's command, which moves by 0.25 per step, has come from open to closing
 REST = 0.0006  # m: fingers that move less than this in a step have stopped
 REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
+LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
 FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
 TIPPED = 0.1  # rad that an object may tip while the hand comes
@@ -91,7 +93,7 @@ class ScriptedExpert:
     def _put(self, name: str, place: str) -> Iterator[np.ndarray]:
         """On or in another object or a region of one. A drawer is opened first."""
         drawer = self._drawer(place)
-        if drawer is not None and not self.env._eval_predicate(["open", place]):
+        while drawer is not None and not self.env._eval_predicate(["open", place]):
             yield from self._open(place)
         offset = self._free_spot(name, place)
         yield from self._bring(name, lambda: self._place(place) + offset)
@@ -182,7 +184,7 @@ class ScriptedExpert:
         for step in range(PATIENCE):
             before = self.data.qpos[self.scene.fingers].copy()
             yield self._towards(*held)
-            if step > 2 and np.abs(self.data.qpos[self.scene.fingers] - before).max() < REST:
+            if step > GRIP and np.abs(self.data.qpos[self.scene.fingers] - before).max() < REST:
                 break
         return True
 
@@ -211,15 +213,15 @@ class ScriptedExpert:
         _, rotation = self._hand()
         lowest = np.inf
         stalled = 0
-        lost = 0
+        lost = 0  # steps
         for _ in range(3 * PATIENCE):
             here = self.data.xpos[body].copy()
             there = goal()
             low, _ = Matter(self.scene, self.bodies[name]).extent(-DOWN)
             aside = float(np.linalg.norm((there - here)[:2]))
             hand, _ = self._hand()
-            lost = 0 if self._touches(name) else lost + 1
-            if lost > 2:
+            lost = 0 if self._touches(self.bodies[name]) else lost + 1
+            if lost > LOST:
                 break
             over = self._height_over(here, there, self._radius(name), here[2] - low, hand[2] - here[2], own)
             over = max(min(over, self._ceiling(hand, there - here) - hand[2] + here[2]), there[2])
@@ -284,9 +286,11 @@ class ScriptedExpert:
         if grasp is None:
             raise Unreachable(f"the arm can grasp {self.model.body(body).name} nowhere")
         yield from self._take(grasp, body)
+        lost = 0
         for _ in range(2 * PATIENCE):
             left = goal - self.data.qpos[self.model.jnt_qposadr[joint]]
-            if abs(left) < 0.003:
+            lost = 0 if self._touches(np.array([body])) else lost + 1
+            if abs(left) < 0.003 or lost > LOST:
                 break
             position, rotation = self._hand()
             yield self._towards(*led(position, grasp.rotation if slides else rotation, left if slides else np.clip(left, -0.4, 0.4)))
@@ -294,10 +298,10 @@ class ScriptedExpert:
 
     # -------------------------------------------------------------------------------------------- geometry and control
 
-    def _touches(self, name: str) -> bool:
-        """Does the hand touch an object?"""
+    def _touches(self, bodies: np.ndarray) -> bool:
+        """Does the hand touch one of them?"""
         pairs = self.model.geom_bodyid[self.data.contact.geom]  # [contacts, 2]
-        return bool((self.arm.own[pairs] & np.isin(pairs[:, ::-1], self.bodies[name])).any())
+        return bool((self.arm.own[pairs] & np.isin(pairs[:, ::-1], bodies)).any())
 
     def _place(self, place: str) -> np.ndarray:
         """Where an object's origin is to be."""

@@ -25,11 +25,10 @@ autoencoder's own and those of a frozen picture; errors of the converter's poses
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,7 @@ from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.autoencoder import SCALE
-from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows, tiny_config
+from vlahub_envs.evac.model import WorldModel, memory_rows, tiny_config
 from vlahub_envs.evac.simulation import Imagination, draw_maps, interface_of, pose_of, to_uint8, upright
 from vlahub_envs.evac.start_states import StartState, StartStates
 
@@ -224,15 +223,6 @@ def _recorded_numbers(folder: Path) -> dict[int, tuple[int, int]]:
     file = folder / "meta/recording.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {line["episode"]: (line["task"], line["trial"]) for line in lines if line["episode"] is not None}
-
-
-def all_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
-    """The trajectory maps of many poses, drawn by all cores: one takes a millisecond."""
-    pieces = [poses[i : i + 1000] for i in range(0, len(poses), 1000)]
-    if len(pieces) < 5:
-        return draw_maps(poses, config)
-    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
-        return np.concatenate(list(pool.map(draw_maps, pieces, [config] * len(pieces))))
 
 
 def cores() -> int:
@@ -705,7 +695,7 @@ def main(args: Args) -> None:
     print0(f"run {folder}: {len(data.poses)} frames in {len(data.episodes)} episodes, {solved} of them solved, {int(data.solved.sum())} solved frames")
     model = make_model(args, data, folder).to(ranks.device)
     print0(f"{sum(tensor.numel() for tensor in model.state_dict().values()):,} parameters")
-    data.maps = all_maps(data.poses, model.config)
+    data.maps = torch.cat([draw_maps(poses, model.config, ranks.device).cpu() for poses in np.array_split(data.poses, -(-len(data.poses) // 1000))]).numpy()
     stage = Stage(args, ranks, tracker, model, data)
     clips = None
     for what in STAGES:

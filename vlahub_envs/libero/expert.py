@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 
 import mujoco
 import numpy as np
@@ -31,6 +32,7 @@ REST = 0.0006  # m: fingers that move less than this in a step have stopped
 REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
+OVERSHOOT = 0.006  # m that a hand arrives too far; at a drawer's front a finger would be caught, and not close
 LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
 FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
@@ -285,6 +287,8 @@ class ScriptedExpert:
         grasp = grasps.find(self.arm, np.array([body]), self.data.xipos[body], orientations, led)
         if grasp is None:
             raise Unreachable(f"the arm can grasp {self.model.body(body).name} nowhere")
+        if slides:
+            grasp = replace(grasp, position=grasp.position - min(OVERSHOOT, grasp.depth / 2) * grasp.rotation[:, 2])
         yield from self._take(grasp, body)
         lost = 0
         for _ in range(2 * PATIENCE):

@@ -39,6 +39,17 @@ register_policy(
         verified="network, prompt, pixels and actions equal to the original on small random weights; every tensor name and shape of the file; not run with its weights",
     )
 )
+register_policy(
+    PolicyCard(
+        id="vlahub/qwenoft-tiny-libero",
+        family="starvla",
+        summary="QwenOFT at 1.4 million parameters, trained on LIBERO-Spatial's scripted expert and stand-in assets; ships with the package",
+        folder="vlahub_policies:checkpoints/qwenoft-tiny-libero",
+        envs=("vlahub/LIBERO-Spatial",),
+        verified="evaluated on a GPU and on a CPU; a small model of this repository, not a published one",
+        measured="32 of 100 episodes within 130 control steps (95 % interval 23.7 to 41.7 %); docs/results.md",
+    )
+)
 register_family(
     FamilyCard(
         name="lingbot",

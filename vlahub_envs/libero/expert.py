@@ -102,27 +102,36 @@ class ScriptedExpert:
 
     def _bring(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """An object's origin to a point, which may move."""
+        body = self.env.obj_body_id[name]
+        slipped: list[np.ndarray] = []  # points of the object at which it was held and lost
         while True:
-            grasp = self._grasp(name, goal)
-            if grasp is None:
+            position, rotation = self._frame(body)
+            grasp = self._grasp(name, goal, [position + rotation @ point for point in slipped])
+            if grasp is None and not slipped:
                 break
-            if (yield from self._take(grasp, self.env.obj_body_id[name])):
-                yield from self._carry(name, goal)
-                return
+            if grasp is None:
+                slipped.clear()
+            elif (yield from self._take(grasp, body)):
+                if (yield from self._carry(name, goal)):
+                    return
+                slipped.append(rotation.T @ (grasp.position - position))
         if np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) >= FLAT:
             raise Unreachable(f"the arm can grasp {name} nowhere")
         yield from self._drag(name, goal)
 
-    def _grasp(self, name: str, goal: Callable[[], np.ndarray]) -> Grasp | None:
-        """How to take an object that is to be brought to a point: firmly from above, else firmly with a hand that leans, else by its edge."""
+    def _grasp(self, name: str, goal: Callable[[], np.ndarray], avoid: list[np.ndarray]) -> Grasp | None:
+        """How to take an object that is to be brought to a point: deep from above, else deep with a hand that leans, else less and less deep."""
         body = self.env.obj_body_id[name]
         carry = goal() - self.data.xpos[body]
         low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+        firm = min(FIRM[0], FIRM[1] * (high - low))
         above = self._from_above(body)
-        for firm in (1.0, 0.5, 0.0):
-            least = firm * min(FIRM[0], FIRM[1] * (high - low))
+        for most, least in itertools.pairwise((np.inf, firm, firm / 2, 0.0)):
+            depths = [depth for depth in grasps.DEPTHS if least <= depth < most]
             for orientations in (above, self._tilted(above)):
-                grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), least)
+                grasp = grasps.find(
+                    self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), depths, avoid
+                )
                 if grasp is not None:
                     return grasp
         return None
@@ -208,8 +217,10 @@ class ScriptedExpert:
             position = position - out * min(back, STEEP * max(0.0, aside - 0.004) + 0.15 * max(0.0, angle - ARRIVED[1]))
             yield self._towards(position, rotation)
 
-    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
-        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go."""
+    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Generator[np.ndarray, None, bool]:
+        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go.
+
+        -> False if it slips away."""
         body = self.env.obj_body_id[name]
         own = set(self.bodies[name])
         _, rotation = self._hand()
@@ -238,6 +249,7 @@ class ScriptedExpert:
                     break
             yield self._towards(hand + shift, rotation)
         yield from self._let_go()
+        return lost <= LOST
 
     def _let_go(self) -> Iterator[np.ndarray]:
         """Open the gripper and go back a little."""
@@ -251,12 +263,20 @@ class ScriptedExpert:
     def _drag(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """Slide something that is too flat to be grasped: closed fingers in its middle push its rim from within."""
         body = self.env.obj_body_id[name]
-        rotation = START.as_matrix()
 
-        def target() -> Pose:
+        def place() -> np.ndarray:
             middle = self.data.xpos[body].copy()
             surface = Matter(self.scene, self.bodies[name]).along(middle, -DOWN)[-1][1]
-            return middle - (surface + TIP + 0.002) * DOWN, rotation
+            return middle - (surface + TIP + 0.002) * DOWN
+
+        # a little higher, because the open fingers with which it is tried would touch the rim
+        free = (rotation for rotation, _ in sorted(self._from_above(body), key=lambda o: o[1]) if self.arm.reaches(place() - 0.02 * DOWN, rotation, 0.01))
+        rotation = next(free, None)
+        if rotation is None:
+            raise Unreachable(f"the arm can neither grasp nor slide {name}")
+
+        def target() -> Pose:
+            return place(), rotation
 
         self.grip = CLOSED
         yield from self._approach(target)

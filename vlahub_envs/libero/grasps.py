@@ -7,7 +7,7 @@ stretch of matter that fits between the open fingers, at a place that the arm re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mujoco
@@ -32,6 +32,7 @@ EASY = 0.7  # m from the robot's foot up to which the arm is not nearly straight
 LONGEST = 0.95  # m from the shoulder to the grip site, with everything straight
 SPARE = 0.2  # rad that joints stay away from their ends
 ELBOW = (-2.8, -1.0)  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
+ELSEWHERE = 0.02  # m from where it slipped
 SAME_FACE = 0.003  # matter across a gap as narrow as this counts as one piece
 
 
@@ -91,8 +92,8 @@ class Matter:
         return stretches
 
 
-def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float, least: float = 0.0) -> Iterator[Grasp]:
-    """Grasps with one orientation of the hand, which is `turn` rad away from the easiest, at least so deep."""
+def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float, depths: Sequence[float] = DEPTHS) -> Iterator[Grasp]:
+    """Grasps with one orientation of the hand, which is `turn` rad away from the easiest."""
     closing, aside, out = rotation.T
     nearest = -matter.extent(-out)[1]  # of the object's points along `out`, the first that the hand meets
     low, high = matter.extent(aside)
@@ -100,7 +101,7 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
     steps = np.arange(np.ceil((low - middle) / SPACING), np.floor((high - middle) / SPACING) + 1)
     # and through the middle of each part: a handle is narrower than the space between lines
     through = np.unique(np.concatenate([middle + SPACING * steps, matter.centres @ aside]).round(3))
-    for depth in (depth for depth in DEPTHS if depth >= least):
+    for depth in depths:
         for v in through:
             at = (nearest + depth) * out + v * aside
             lines = [matter.along(at + side * aside, closing) for side in (-SIDE, 0.0, SIDE)]
@@ -180,15 +181,17 @@ def find(
     centre: np.ndarray,
     orientations: list[tuple[np.ndarray, float]],
     after: Callable[[np.ndarray, np.ndarray], Pose],
-    least: float = 0.0,
+    depths: Sequence[float] = DEPTHS,
+    avoid: Sequence[np.ndarray] = (),
 ) -> Grasp | None:
     """The cheapest grasp of `bodies` within reach.
 
     Args:
         centre: [3] better near this point: the centre of mass.
         orientations: of the hand, each with its distance in rad from the easiest.
-        least: depth of the grasp.
+        depths: of the grip site below the object's top, to be tried.
         after: where the hand will be, from where it grasps, when the object is in its place. Grasps with which it can open there come first.
+        avoid: points [3] near which not to grasp.
     """
     matter, others = Matter(arm.scene, bodies), Matter(arm.scene, np.setdiff1d(np.flatnonzero(~arm.own), bodies))
     everything = Matter(arm.scene, np.flatnonzero(~arm.own))
@@ -198,10 +201,12 @@ def find(
         return grasp.cost + 25 * max(0.0, float(np.linalg.norm((grasp.position - foot)[:2])) - EASY)
 
     def fitting() -> Iterator[Grasp]:
-        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn, least)), key=cost):
+        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn, depths)), key=cost):
             # the fingers meet in the middle of the hand; what is off the middle is pushed there, so that a finger has room outside
             for shift in (0.0, 0.012, -0.012, 0.024, -0.024):
                 shifted = replace(grasp, position=grasp.position + shift * grasp.rotation[:, 0])
+                if any(np.linalg.norm(shifted.position - point) < ELSEWHERE for point in avoid):
+                    continue
                 if _fingers_fit(everything, *shifted.pose) and _alone(others, *shifted.pose):
                     yield shifted
 

@@ -33,6 +33,7 @@ REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
 OVERSHOOT = 0.006  # m that a hand arrives too far; at a drawer's front a finger would be caught, and not close
+SLIDE = 0.02  # m that a sliding hand is ahead of itself; a faster one rides up the rim that it pushes
 LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
 FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
@@ -282,10 +283,11 @@ class ScriptedExpert:
         yield from self._approach(target)
         for _ in range(2 * PATIENCE):
             left = (goal() - self.data.xpos[body])[:2]
-            if np.linalg.norm(left) < 0.005:
-                break
             hand = self._hand()[0]
-            yield self._towards(np.append(hand[:2] + left, target()[0][2]), rotation)
+            if np.linalg.norm(left) < 0.005 or np.linalg.norm((hand - self.data.xpos[body])[:2]) > self._radius(name):
+                break
+            push = left * min(1.0, SLIDE / float(np.linalg.norm(left)))
+            yield self._towards(np.append(hand[:2] + push, target()[0][2]), rotation)
         for _ in range(8):
             yield self._towards(self._hand()[0] - 0.1 * DOWN, rotation)
 

@@ -74,22 +74,31 @@ class Matter:
         reach = np.einsum("nij,nj->ni", np.abs(self.axes), self.halves)
         return np.stack([self.centres - reach, self.centres + reach], axis=1)
 
+    def _crossed(self, start: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where a line enters and leaves each box, as distances from `start`; it misses a box that it would leave first."""
+        origin = np.einsum("nji,nj->ni", self.axes, start - self.centres)
+        slope = direction @ self.axes
+        slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
+        middle, reach = -origin / slope, self.halves / np.abs(slope)
+        return (middle - reach).max(axis=1), (middle + reach).min(axis=1)
+
     def along(self, start: np.ndarray, direction: np.ndarray) -> list[tuple[float, float]]:
         """The stretches of matter on a line, as distances from `start`."""
-        origin = np.einsum("nji,nj->ni", self.axes, start - self.centres)
-        slope = self.axes.transpose(0, 2, 1) @ direction
-        slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
-        ends = np.sort(np.stack([(-self.halves - origin) / slope, (self.halves - origin) / slope]), axis=0)  # [2, n, 3]
-        enter, leave = ends[0].max(axis=1), ends[1].min(axis=1)
+        enter, leave = self._crossed(start, direction)
         stretches: list[tuple[float, float]] = []
         for i in np.argsort(enter):
             if enter[i] > leave[i]:
-                continue  # the line misses this box
+                continue
             if stretches and enter[i] <= stretches[-1][1] + SAME_FACE:
                 stretches[-1] = (stretches[-1][0], max(stretches[-1][1], float(leave[i])))
             else:
                 stretches.append((float(enter[i]), float(leave[i])))
         return stretches
+
+    def between(self, start: np.ndarray, direction: np.ndarray, low: float, high: float) -> bool:
+        """Is there matter on a line between two distances from `start`?"""
+        enter, leave = self._crossed(start, direction)
+        return bool(((enter <= leave) & (enter < high) & (leave > low)).any())
 
 
 def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float, depths: Sequence[float] = DEPTHS) -> Iterator[Grasp]:
@@ -229,7 +238,7 @@ def _fingers_fit(everything: Matter, position: np.ndarray, rotation: np.ndarray)
     closing, _, out = rotation.T
     for finger in (-1, 1):
         middle = position + finger * (OPENING / 2 + FINGER / 2) * closing
-        if any(low < TIP and high > -BEFORE for low, high in everything.along(middle, out)):
+        if everything.between(middle, out, -BEFORE, TIP):
             return False
     return True
 
@@ -239,7 +248,6 @@ def _alone(others: Matter, position: np.ndarray, rotation: np.ndarray) -> bool:
     closing, aside, out = rotation.T
     for forwards in (0.0, TIP):
         for side in (-SIDE, SIDE):
-            stretches = others.along(position + forwards * out + side * aside, closing)
-            if any(low < OPENING / 2 and high > -OPENING / 2 for low, high in stretches):
+            if others.between(position + forwards * out + side * aside, closing, -OPENING / 2, OPENING / 2):
                 return False
     return True

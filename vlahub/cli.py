@@ -373,6 +373,7 @@ def record(
     only_successes: bool = True,
     noise: float = 0.0,
     after: int = 0,
+    look_every: int = 1,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -397,6 +398,8 @@ def record(
         only_successes: leave out episodes that were not solved; they are listed in any case. --no-only-successes keeps them.
         noise: standard deviation of Gaussian noise on every action, in action units; for a world model's data. The noisy action is what is recorded.
         after: control steps that an episode goes on for once it was solved; world models and success classifiers need to see the solved state.
+        look_every: control steps from one look to the next. Drawing takes most of a recording's time, and neighbouring pictures are alike: with 10, ten times the episodes in the same time.
+            A row between looks repeats the observation before it; the column "observation.seen" says so, and training draws only rows that were seen.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
         timeout: seconds that a simulation may take to start, reset or run a chunk.
@@ -424,6 +427,7 @@ def record(
         only_successes=only_successes,
         noise=noise,
         after=after,
+        look_every=look_every,
         execute=execute,
         max_steps=max_steps,
         timeout=timeout,

@@ -26,7 +26,7 @@ import numpy as np
 import vlahub
 from vlahub import catalog, evaluation
 from vlahub.catalog import EnvCard
-from vlahub.dataset import Dataset, DatasetWriter, convert_to_v30
+from vlahub.dataset import SEEN, Dataset, DatasetWriter, convert_to_v30
 from vlahub.env import own
 from vlahub.evaluation import Episode, SettingsDiffer, agree, checked_chunk, episodes_of, lock, player_of
 from vlahub.interface import Fit, check
@@ -83,6 +83,7 @@ class Running:
     episode: Episode
     attempt: int = 1
     observations: list[Observation] = field(default_factory=list)  # what was seen before each step, and after the last
+    seen: list[bool] = field(default_factory=list)  # of each of these: was it looked at, or is it the one before once more?
     actions: list[np.ndarray] = field(default_factory=list)  # chunks [n, D], as applied
     rewards: list[np.ndarray] = field(default_factory=list)
     solved: list[np.ndarray] = field(default_factory=list)  # was the task solved after each step?
@@ -141,6 +142,7 @@ def record(
     only_successes: bool = True,
     noise: float = 0.0,
     after: int = 0,
+    look_every: int = 1,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -162,8 +164,12 @@ def record(
         only_successes: leave out episodes that were not solved.
         noise: standard deviation of Gaussian noise on every action, in action units; a new draw every ten control steps. What is recorded is what was applied.
         after: control steps that an episode goes on for once it was solved, so that the solved state is seen too (world models and classifiers need it).
+        look_every: control steps from one look to the next within a chunk. Every step has a row in any case; one that was not looked at repeats the observation before it, and
+            the column "observation.seen" says so. `vlahub.dataset.Dataset` draws only rows that were seen.
         execute, max_steps, timeout, env_options, policy_name, progress: as in `vlahub.evaluate`.
     """
+    if isinstance(look_every, bool) or look_every < 1:
+        raise ValueError(f"look_every must be at least 1, not {look_every}")
     if isinstance(episodes, bool) or episodes < 1 or num_envs < 1 or seed < 0:
         raise ValueError(f"episodes and num_envs must be at least 1 and seed at least 0, not {episodes}, {num_envs} and {seed}")
     if not 0 <= noise < np.inf or isinstance(after, bool) or after < 0:
@@ -186,6 +192,7 @@ def record(
             "env": venv.card.id, "env_options": dict(env_options or {}), "assets": venv.assets, "max_steps": venv.max_steps, "policy": player.name,
             "weights": player.weights, "execute": player.execute, "seed": int(seed), "images": images, "only_successes": only_successes, "version": version,
             "vlahub": vlahub.__version__, **({"noise": noise} if noise else {}), **({"after": after} if after else {}),
+            **({"look_every": look_every} if look_every > 1 else {}),
         }  # fmt: skip
         if version == "v3.0" and (out / "meta/info.json").exists():
             return _finished(out, settings, todo)
@@ -194,7 +201,7 @@ def record(
             writer = DatasetWriter(folder, venv.interface, venv.metadata["render_fps"], images, robot_type=venv.card.family)
             lines = journal.lines(len(writer))
             _refuse_extra(folder, lines, todo)
-            _run(venv, player, fit, todo, lines, writer, journal, only_successes, noise, progress)
+            _run(venv, player, fit, todo, lines, writer, journal, only_successes, noise, look_every, progress)
         finally:
             journal.close()
     finally:
@@ -263,6 +270,7 @@ def _run(
     journal: Journal,
     only: bool,
     noise: float,
+    look_every: int,
     progress: bool,
 ) -> None:
     """Run what is not recorded yet. Each slot goes round fill, ask, receive; finished episodes are written in order."""
@@ -285,6 +293,7 @@ def _run(
             observation = evaluation.start(venv, [running[row].episode if row in fresh else None for row in rows], slot)
             for row in fresh:
                 running[row].observations = [own(select(observation, row - rows.start))]  # a copy: the batch's memory is used again
+                running[row].seen = [True]
 
     def ask(slot: int) -> bool:
         rows = slots[slot]
@@ -305,7 +314,7 @@ def _run(
                     chunk = chunk + noise * noise_of(one.episode.seed, range(one.steps, one.steps + len(chunk)), chunk.shape[1])
                 one.actions.append(np.clip(chunk, venv.single_action_space.low, venv.single_action_space.high))
         chunks = [running[row].actions[-1] if row in running and chunk is not None else chunk for row, chunk in zip(rows, chunks, strict=True)]
-        venv.send(chunks, slot=slot, look=True)
+        venv.send(chunks, slot=slot, look=look_every)
         return True
 
     def receive(slot: int) -> None:
@@ -324,7 +333,9 @@ def _run(
                     one.aborted = reason
                     finished[place[one.episode.index]] = one
                 continue
-            one.observations += result.info["observations"][i]
+            for observation in result.info["observations"][i]:
+                one.seen.append(observation is not None)
+                one.observations.append(one.observations[-1] if observation is None else observation)
             one.actions[-1] = one.actions[-1][:length]
             one.rewards.append(result.reward[i, :length].copy())
             ends_solved = np.arange(length) == length - 1 if result.info["success"][i] else np.zeros(length, bool)
@@ -348,6 +359,8 @@ def _run(
             journal.add(line)
             if keep:
                 outcome = {"next.success": np.concatenate(one.solved), "next.reward": np.concatenate(one.rewards)}
+                if look_every > 1:
+                    outcome[SEEN] = np.array(one.seen[: line.length])
                 writer.add_episode(one.observations[: line.length], np.concatenate(one.actions), outcome)
             lines.append(line)
             if not line.success:

@@ -58,6 +58,10 @@ STIFFNESS = (37.8, 29.925, 48.3, 48.3, 2.128, 27.3, 48.3)
 DAMPING = (10.5, 10.5, 10.5, 10.5, 0.6354, 10.5, 10.5)
 COLLECT_EVERY = 20  # scenes; most are freed at once, without it
 CLEARANCE = 0.001  # m above the table at which things are set down
+# Collision bits of the robot's links: two that share one do not touch. Parts of hand and wrist always lie within PhysX's contact distance of each other, which would take a
+# third of a step's time without any force; the fingers share none, so that they stop each other
+APART = {"panda_leftfinger": (25,), "panda_rightfinger": (26,)}
+OTHERS = (25, 26)
 SHELF = -3.0  # m, top of the shelf for objects that are not in use; the floor is at 0
 
 
@@ -231,6 +235,8 @@ class TwinPickPlace(BaseEnv):
         self.scene.gap = self.gap  # where the agent finds it
         super()._load_agent(options, sapien.Pose(BASE, [0, 0, 0, 1]))
         for link in self.agent.robot.links:
+            for bit in APART.get(link.name, OTHERS):
+                link.set_collision_group_bit(group=2, bit_idx=bit, bit=1)
             for part in link._objs:
                 looks = part.entity.find_component_by_type(RenderBodyComponent)
                 for shape in looks.render_shapes if looks else ():

@@ -30,8 +30,8 @@ import torch
 from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy, Trace
-from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments, serve_envs
+from vlahub.rollout import Level, Rollout, SeedStream, reduce_log_prob
+from vlahub.run import Run, advice, arguments, serve
 
 START_SEEDS = 3  # spawn key of the seeds of starts, apart from those of exploration (1), recordings (2) and evaluations (none)
 
@@ -65,9 +65,11 @@ class Args:
     offload: bool = False
     """for a policy and a world model on one GPU: outside updates the optimizer's state lies on the CPU, in updates the world model does"""
     env_ranks: str = ""
-    """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
+    """ranks that only simulate, as 0-3; by default every rank does everything"""
+    rollout_ranks: str = ""
+    """ranks that only infer, and simulate where there are no env_ranks; they get the weights after every update"""
     policy_ranks: str = ""
-    """see env_ranks; each policy rank gets as many env ranks"""
+    """with either: ranks that train, and infer where there are no rollout_ranks. Each gets as many of the others"""
     track: bool = False
     """also log to Weights & Biases"""
 
@@ -347,11 +349,11 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks, args.rollout_ranks)
     check_args(args, ranks)
     num_envs = args.num_groups * args.group_size
-    if ranks.policy_rank is not None:
-        return serve_envs(args, num_envs, ranks)
+    if ranks.role != "policy":
+        return serve(args, num_envs, ranks)
     run = Run("grpo", args, ranks)
     envs = distributed.share(num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
@@ -361,7 +363,7 @@ def main(args: Args) -> None:
         run.shard(policy, reference)
         optimizer = run.optimizer(policy)
         seeds = SeedStream(args.seed, envs)
-        collector = Collector(env, policy, seeds, args.execute or None)
+        collector = run.collector(env, policy, seeds)
         counters = run.restore(policy, optimizer, {"iteration": 0, "steps": 0, "episodes": [0] * num_envs})
         seeds.count = [counters["episodes"][b] for b in envs]
 

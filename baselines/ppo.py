@@ -28,8 +28,8 @@ import torch
 from vlahub import distributed
 from vlahub.distributed import Ranks, print0
 from vlahub.policy import Policy
-from vlahub.rollout import Collector, Level, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments, divides, serve_envs
+from vlahub.rollout import Level, Rollout, SeedStream, reduce_log_prob
+from vlahub.run import Run, advice, arguments, divides, serve
 
 
 @dataclass
@@ -61,9 +61,11 @@ class Args:
     offload: bool = False
     """for a policy and a world model on one GPU: outside updates the optimizer's state lies on the CPU, in updates the world model does"""
     env_ranks: str = ""
-    """ranks that only simulate, as 0-3, and policy_ranks those that infer and train; by default every rank does everything"""
+    """ranks that only simulate, as 0-3; by default every rank does everything"""
+    rollout_ranks: str = ""
+    """ranks that only infer, and simulate where there are no env_ranks; they get the weights after every update"""
     policy_ranks: str = ""
-    """see env_ranks; each policy rank gets as many env ranks"""
+    """with either: ranks that train, and infer where there are no rollout_ranks. Each gets as many of the others"""
     track: bool = False
     """also log to Weights & Biases"""
 
@@ -289,10 +291,10 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks, args.rollout_ranks)
     check_args(args, ranks)
-    if ranks.policy_rank is not None:
-        return serve_envs(args, args.num_envs, ranks)
+    if ranks.role != "policy":
+        return serve(args, args.num_envs, ranks, value_head=True)
     run = Run("ppo", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
@@ -300,7 +302,7 @@ def main(args: Args) -> None:
         run.shard(policy)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)
-        collector = Collector(env, policy, seeds, args.execute or None)
+        collector = run.collector(env, policy, seeds)
         counters = run.restore(policy, optimizer, {"iteration": 0, "steps": 0, "episodes": [0] * args.num_envs})
         seeds.count = [counters["episodes"][b] for b in envs]
 

@@ -34,8 +34,8 @@ from vlahub.dataset import Dataset, Loader, fitting
 from vlahub.distributed import Ranks, print0
 from vlahub.interface import Fit
 from vlahub.policy import Policy
-from vlahub.rollout import Collector, Rollout, SeedStream, reduce_log_prob
-from vlahub.run import Run, advice, arguments, divides, serve_envs
+from vlahub.rollout import Rollout, SeedStream, reduce_log_prob
+from vlahub.run import Run, advice, arguments, divides, serve
 
 
 @dataclass
@@ -195,10 +195,10 @@ def update(
 
 
 def main(args: Args) -> None:
-    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks)
+    ranks = distributed.setup(None if args.device == "auto" else args.device, args.env_ranks, args.policy_ranks, args.rollout_ranks)
     check_args(args, ranks)
-    if ranks.policy_rank is not None:
-        return serve_envs(args, args.num_envs, ranks)
+    if ranks.role != "policy":
+        return serve(args, args.num_envs, ranks, value_head=True)
     run = Run("rl_co", args, ranks)
     envs = distributed.share(args.num_envs, ranks.rank, ranks.world)
     with advice(args), closing(run.make_env(len(envs))) as env:
@@ -207,7 +207,7 @@ def main(args: Args) -> None:
         run.shard(policy)
         optimizer = run.optimizer(policy, {"value_head": args.value_learning_rate})
         seeds = SeedStream(args.seed, envs)
-        collector = Collector(env, policy, seeds, args.execute or None)
+        collector = run.collector(env, policy, seeds)
         counters = run.restore(policy, optimizer, {"iteration": 0, "steps": 0, "episodes": [0] * args.num_envs, "real_batches": 0})
         seeds.count = [counters["episodes"][b] for b in envs]
         if real is not None:

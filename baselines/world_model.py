@@ -25,11 +25,10 @@ autoencoder's own and those of a frozen picture; errors of the converter's poses
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,7 @@ from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.autoencoder import SCALE
-from vlahub_envs.evac.model import WorldModel, WorldModelConfig, memory_rows, tiny_config
+from vlahub_envs.evac.model import WorldModel, memory_rows, tiny_config
 from vlahub_envs.evac.simulation import Imagination, draw_maps, interface_of, pose_of, to_uint8, upright
 from vlahub_envs.evac.start_states import StartState, StartStates
 
@@ -186,7 +185,7 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
             if mine != other:
                 raise DatasetError(f"{folder}: a world model needs LIBERO's {what} ({mine}), these episodes have {other}")
         column = data.columns.main_images
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        with ThreadPoolExecutor(cores()) as pool:  # decoding releases Python's lock
             frames = np.stack(list(pool.map(lambda i, data=data, column=column: data._image(column, i), range(len(data)))))
         if parts["frames"] and frames.shape[1:] != parts["frames"][0].shape[1:]:
             raise DatasetError(f"{folder} has frames of {frames.shape[1:3]}, {folders[0]} of {parts['frames'][0].shape[1:3]}; record them at one size")
@@ -208,9 +207,10 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         for name, values in (("frames", frames), ("poses", poses), ("actions", data.actions)):
             parts[name].append(values)
         start += len(data)
-    keys: list = [number if number is not None else -1 - i for i, number in enumerate(numbers)]
-    unique = list(dict.fromkeys(keys))
-    kept = {unique[i] for i in np.random.default_rng(seed).permutation(len(unique))[: round(held_out * len(unique))]}
+    keys: list[tuple[int, ...]] = [(i,) if number is None else number for i, number in enumerate(numbers)]
+    # Every start draws for itself, so that a dataset which has grown (--resume) keeps what it kept before.
+    draws = {key: np.random.default_rng([seed, *key]).random() for key in keys}
+    kept = {key for key, draw in draws.items() if draw < held_out} or {min(draws, key=draws.__getitem__)}
     parts["held_out"] = [np.full(len(frames), key in kept) for frames, key in zip(episodes, keys, strict=True)]
     found = Episodes(**{name: np.concatenate(values) for name, values in parts.items()}, episodes=episodes, texts=texts, numbers=numbers)
     if not found.solved.any():
@@ -225,13 +225,8 @@ def _recorded_numbers(folder: Path) -> dict[int, tuple[int, int]]:
     return {line["episode"]: (line["task"], line["trial"]) for line in lines if line["episode"] is not None}
 
 
-def all_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
-    """The trajectory maps of many poses, drawn by all cores: one takes a millisecond."""
-    pieces = [poses[i : i + 1000] for i in range(0, len(poses), 1000)]
-    if len(pieces) < 5:
-        return draw_maps(poses, config)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        return np.concatenate(list(pool.map(draw_maps, pieces, [config] * len(pieces))))
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -700,7 +695,7 @@ def main(args: Args) -> None:
     print0(f"run {folder}: {len(data.poses)} frames in {len(data.episodes)} episodes, {solved} of them solved, {int(data.solved.sum())} solved frames")
     model = make_model(args, data, folder).to(ranks.device)
     print0(f"{sum(tensor.numel() for tensor in model.state_dict().values()):,} parameters")
-    data.maps = all_maps(data.poses, model.config)
+    data.maps = torch.cat([draw_maps(poses, model.config, ranks.device).cpu() for poses in np.array_split(data.poses, -(-len(data.poses) // 1000))]).numpy()
     stage = Stage(args, ranks, tracker, model, data)
     clips = None
     for what in STAGES:

@@ -111,7 +111,7 @@ class MlpPolicy(Policy):
         actions, log_prob, _, trace = flow.explore(partial(flow.walk, self._denoiser(inputs)), shape, seeds, self.explore, self.device)
         return Sample(actions, log_prob, value, {**inputs, **trace})
 
-    def value(self, observation: Observation) -> torch.Tensor:
+    def value(self, observation: Observation, seeds: torch.Tensor | None = None) -> torch.Tensor:
         with torch.no_grad():
             return self.value_head(self.prepare(observation)["states"])
 

@@ -51,18 +51,39 @@ def test_parse_ranks_says_what_is_wrong(text, words):
 
 
 @pytest.mark.parametrize(
-    ("envs", "policies", "words"),
+    ("envs", "rollouts", "policies", "words"),
     [
-        ("0-1", "", r"env_ranks \(0-1\) and policy_ranks \(none\) come together"),
-        ("0-1", "1-3", r"rank 1 stands in env_ranks \(0-1\) and in policy_ranks \(1-3\)"),
-        ("0-1", "3", r"rank 2 stands neither in env_ranks \(0-1\) nor in policy_ranks \(3\); this run has ranks 0 to 3"),
-        ("0", "1-3", "1 env ranks cannot be shared evenly by 3 policy ranks"),
-        ("0-4", "5", "there is no rank 4"),
+        ("0-1", "", "", r"env_ranks \(0-1\), rollout_ranks \(none\), policy_ranks \(none\): policy_ranks says who trains"),
+        ("", "", "0-3", "goes with env_ranks"),
+        ("0-1", "", "1-3", r"rank 1 stands in env_ranks \(0-1\) and in policy_ranks \(1-3\)"),
+        ("0", "1-2", "2-3", r"rank 2 stands in rollout_ranks \(1-2\) and in policy_ranks \(2-3\)"),
+        ("0-1", "", "3", r"rank 2 stands in none of env_ranks \(0-1\), policy_ranks \(3\); this run has ranks 0 to 3"),
+        ("0", "", "1-3", "1 env ranks cannot be shared evenly by 3 policy ranks"),
+        ("0", "1-2", "3", "1 env ranks cannot be shared evenly by 2 rollout ranks"),
+        ("0-4", "", "5", "there is no rank 4"),
     ],
 )
-def test_roles_that_cannot_be_are_refused(envs, policies, words):
+def test_roles_that_cannot_be_are_refused(envs, rollouts, policies, words):
     with pytest.raises(ValueError, match=words):
-        distributed._split(distributed.Ranks(0, 4, 0, torch.device("cpu")), envs, policies)
+        distributed._split(distributed.Ranks(0, 4, 0, torch.device("cpu")), envs, policies, rollouts)
+
+
+def test_rollout_and_policy_ranks_share_evenly_or_not_at_all():
+    with pytest.raises(ValueError, match="2 rollout ranks and 3 policy ranks do not share evenly"):
+        distributed._split(distributed.Ranks(0, 5, 0, torch.device("cpu")), "", "2-4", "0-1")
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "partners"),
+    [
+        ([0, 1, 2, 3], [4, 5], [(4,), (4,), (5,), (5,)]),  # two policy ranks share a rollout rank
+        ([4, 5], [0, 1, 2, 3], [(0, 1), (2, 3)]),
+        ([0, 1], [2, 3], [(2,), (3,)]),
+        ([0, 1], [], [(), ()]),
+    ],
+)
+def test_partners_of_another_role(own, others, partners):
+    assert [distributed._partners(rank, own, others) for rank in own] == partners
 
 
 @pytest.mark.parametrize(("count", "world"), [(8, 2), (7, 3), (2, 4), (0, 2)])

@@ -475,15 +475,23 @@ class Dataset:
         entry, row = self.episodes[self._place[frame]], int(self._row[frame])
         if self.features[column]["dtype"] == "video":
             file, begin = entry.videos[column]
-            picture = _video_frame(file, begin + (row - entry.first_row) / self.fps)
-        else:
-            picture = _decoded(_cell(entry.file, column, row), f"{entry.file}: column {column!r}, row {row}")
+            return self._keep(column, frame, _video_frame(file, begin + (row - entry.first_row) / self.fps))
+        first, cells = _cells(entry.file, column, row)
+        if self._cached < self._cache_bytes:  # opening the file costs more than a picture, so its neighbours are kept as well
+            for other in range(max(first, entry.first_row), min(first + len(cells), entry.first_row + entry.length)):
+                if other != row and (column, frame + other - row) not in self._images:
+                    self._keep(column, frame + other - row, _decoded(cells[other - first], f"{entry.file}: column {column!r}, row {other}"))
+        return self._keep(column, frame, _decoded(cells[row - first], f"{entry.file}: column {column!r}, row {row}"))
+
+    def _keep(self, column: str, frame: int, picture: np.ndarray) -> np.ndarray:
+        """Check a picture and put it into the cache while there is room."""
+        entry, row = self.episodes[self._place[frame]], int(self._row[frame])
         if picture.shape != tuple(self.features[column]["shape"]):
             raise DatasetError(
                 f"{entry.file}: column {column!r}, row {row} is a picture of shape {picture.shape}, info.json says {self.features[column]['shape']}"
             )
-        if self._cached + picture.nbytes <= self._cache_bytes:
-            self._images[key] = picture
+        if (column, frame) not in self._images and self._cached + picture.nbytes <= self._cache_bytes:
+            self._images[column, frame] = picture
             self._cached += picture.nbytes
         return picture
 
@@ -497,16 +505,16 @@ def _matrix(column: pa.ChunkedArray, size: int, entry: EpisodeEntry, name: str) 
     return np.asarray(rows, np.float32).reshape(len(rows), size)
 
 
-def _cell(file: Path, column: str, row: int) -> bytes:
-    """One encoded picture, reading only the row group that holds it."""
+def _cells(file: Path, column: str, row: int) -> tuple[int, list[bytes]]:
+    """The encoded pictures of the row group that holds a row, and the number of its first row."""
     try:
         with pq.ParquetFile(file) as parquet:
             first = 0
             for group in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows
                 if row < first + count:
-                    value = parquet.read_row_group(group, [column])[column][row - first].as_py()
-                    return value["bytes"] if value["bytes"] is not None else (file.parent / value["path"]).read_bytes()
+                    values = parquet.read_row_group(group, [column])[column].to_pylist()
+                    return first, [value["bytes"] if value["bytes"] is not None else (file.parent / value["path"]).read_bytes() for value in values]
                 first += count
     except (pa.ArrowInvalid, OSError) as error:
         raise DatasetError(f"{file}: column {column!r}, row {row} cannot be read: {error}") from error

@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -36,28 +36,32 @@ Result = TypeVar("Result")
 class Ranks:
     """Where this process stands.
 
-    With roles (`env_ranks`, `policy_ranks`) rank and world count the policy ranks alone, the team that infers and trains; an env rank has rank -1.
+    With roles, rank and world count the policy ranks alone, the team that trains; the others have rank -1. All ranks below are numbered as torchrun does.
     """
 
     rank: int  # 0 to world - 1, over all nodes
     world: int
     local_rank: int  # on this node; chooses the GPU
     device: torch.device
-    env_ranks: tuple[int, ...] = ()  # of a policy rank: the ranks, as torchrun numbers them, that hold its environments; empty: it holds them itself
-    policy_rank: int | None = None  # of an env rank: the rank that it simulates for
+    env_ranks: tuple[int, ...] = ()  # those that simulate for this one; empty: it simulates itself
+    rollout_ranks: tuple[int, ...] = ()  # of a policy rank: those that infer for it; empty: it infers itself
+    role: Literal["policy", "rollout", "env"] = "policy"
+    serves: tuple[int, ...] = ()  # of an env or a rollout rank: whom it simulates or infers for
 
 
 # The ranks that all functions below speak of: None for all, or those that infer and train while others simulate for them.
 _team: dist.ProcessGroup | None = None
-_groups: dict[str, dist.ProcessGroup] = {}  # further ones: "cpu", "roles"
+_groups: dict[str, dist.ProcessGroup] = {}  # further ones: "cpu", "roles", "weights"
+_first = 0  # policy rank 0, as torchrun numbers it
 
 
-def setup(device: str | None = None, env_ranks: str = "", policy_ranks: str = "", timeout: float = 600.0) -> Ranks:
+def setup(device: str | None = None, env_ranks: str = "", policy_ranks: str = "", rollout_ranks: str = "", timeout: float = 600.0) -> Ranks:
     """Join the other processes that torchrun started, or stand alone.
 
     Args:
         device: "cpu" or "cuda"; by default cuda where there is one.
-        env_ranks, policy_ranks: "0-3" and "4-7": which ranks only simulate, and which infer and train. Both empty: every rank does everything.
+        env_ranks, policy_ranks, rollout_ranks: which ranks only simulate, which train, and which infer, as "0-3" and "4-7". Without rollout_ranks the policy
+            ranks infer, without env_ranks whoever infers simulates; all empty: every rank does everything.
         timeout: seconds after which a collective operation that a rank does not join is an error.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -78,37 +82,54 @@ def setup(device: str | None = None, env_ranks: str = "", policy_ranks: str = ""
         # Both backends: NCCL moves what is on GPUs, gloo what is on the CPU (observations, objects)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=chosen if kind == "cuda" else None)
-    return _split(Ranks(rank, world, local_rank, chosen), env_ranks, policy_ranks)
+    return _split(Ranks(rank, world, local_rank, chosen), env_ranks, policy_ranks, rollout_ranks)
 
 
-def _split(ranks: Ranks, env_ranks: str, policy_ranks: str) -> Ranks:
-    """Give the ranks their roles. Every policy rank gets as many env ranks, consecutive ones."""
-    global _team
-    if not env_ranks and not policy_ranks:
+def _split(ranks: Ranks, env_ranks: str, policy_ranks: str, rollout_ranks: str = "") -> Ranks:
+    """Give the ranks their roles. Whoever works for a role gets as large a share of it as the others, consecutive ranks."""
+    global _team, _first
+    texts = {"env_ranks": env_ranks, "rollout_ranks": rollout_ranks, "policy_ranks": policy_ranks}
+    if not any(texts.values()):
         return ranks
-    if not (env_ranks and policy_ranks):
-        raise ValueError(
-            f"env_ranks ({env_ranks or 'none'}) and policy_ranks ({policy_ranks or 'none'}) come together: one says who simulates, the other who infers and trains"
-        )
-    envs, policies = parse_ranks(env_ranks, ranks.world), parse_ranks(policy_ranks, ranks.world)
-    if twice := sorted(set(envs) & set(policies)):
-        raise ValueError(f"rank {twice[0]} stands in env_ranks ({env_ranks}) and in policy_ranks ({policy_ranks}); without both, every rank does everything")
-    if idle := sorted(set(range(ranks.world)) - set(envs) - set(policies)):
-        raise ValueError(
-            f"rank {idle[0]} stands neither in env_ranks ({env_ranks}) nor in policy_ranks ({policy_ranks}); this run has ranks 0 to {ranks.world - 1}"
-        )
-    if len(envs) % len(policies):
-        raise ValueError(
-            f"{len(envs)} env ranks cannot be shared evenly by {len(policies)} policy ranks; give each policy rank as many env ranks, at least one"
-        )
-    each = len(envs) // len(policies)
-    _team = dist.new_group(policies)
-    # Observations and actions travel by gloo. An env rank waits as long as the policies train, and a rank that dies is noticed by its connection.
+    if not policy_ranks or not (env_ranks or rollout_ranks):
+        words = ", ".join(f"{name} ({text or 'none'})" for name, text in texts.items())
+        raise ValueError(f"{words}: policy_ranks says who trains, and goes with env_ranks (who simulates), rollout_ranks (who infers) or both")
+    found = {name: parse_ranks(text, ranks.world) if text else [] for name, text in texts.items()}
+    envs, rollouts, policies = found.values()
+    for rank in range(ranks.world):
+        roles = [name for name, members in found.items() if rank in members]
+        if len(roles) > 1:
+            words = " and in ".join(f"{name} ({texts[name]})" for name in roles)
+            raise ValueError(f"rank {rank} stands in {words}; a rank has one role, and without any every rank does everything")
+        if not roles:
+            words = ", ".join(f"{name} ({text})" for name, text in texts.items() if text)
+            raise ValueError(f"rank {rank} stands in none of {words}; this run has ranks 0 to {ranks.world - 1}")
+    asking = rollouts or policies  # whom the env ranks simulate for
+    if len(envs) % len(asking):
+        name = "rollout" if rollouts else "policy"
+        raise ValueError(f"{len(envs)} env ranks cannot be shared evenly by {len(asking)} {name} ranks; give each {name} rank as many env ranks, at least one")
+    if rollouts and len(rollouts) % len(policies) and len(policies) % len(rollouts):
+        raise ValueError(f"{len(rollouts)} rollout ranks and {len(policies)} policy ranks do not share evenly: one number must divide the other")
+    _team, _first = dist.new_group(policies), policies[0]
+    # Observations, actions and rollouts travel by gloo. A rank waits for others as long as they work, and one that dies is noticed by its connection.
     _groups["roles"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if rollouts:
+        _groups["weights"] = dist.new_group([policies[0], *rollouts])
+    alone = replace(ranks, rank=-1, world=len(policies))
     if ranks.rank in envs:
-        return replace(ranks, rank=-1, world=len(policies), policy_rank=policies[envs.index(ranks.rank) // each])
-    place = policies.index(ranks.rank)
-    return replace(ranks, rank=place, world=len(policies), env_ranks=tuple(envs[place * each : (place + 1) * each]))
+        return replace(alone, role="env", serves=_partners(ranks.rank, envs, asking))
+    if ranks.rank in rollouts:
+        return replace(alone, role="rollout", env_ranks=_partners(ranks.rank, rollouts, envs), serves=_partners(ranks.rank, rollouts, policies))
+    mine = {"rollout_ranks": _partners(ranks.rank, policies, rollouts)} if rollouts else {"env_ranks": _partners(ranks.rank, policies, envs)}
+    return replace(alone, rank=policies.index(ranks.rank), **mine)
+
+
+def _partners(rank: int, own: list[int], others: list[int]) -> tuple[int, ...]:
+    """The ranks of another role that a rank works with: its share of them, or, where they are fewer, the one that it shares with its neighbours."""
+    place = own.index(rank)
+    if 0 < len(others) < len(own):
+        return (others[place * len(others) // len(own)],)
+    return tuple(others[i] for i in share(len(others), place, len(own)))
 
 
 def cleanup() -> None:
@@ -156,7 +177,7 @@ def _cpu_group() -> dist.ProcessGroup | None:
 
 
 def roles_group() -> dist.ProcessGroup:
-    """What env ranks and policy ranks talk through."""
+    """What ranks of different roles talk through."""
     return _groups["roles"]
 
 
@@ -330,6 +351,13 @@ def broadcast_weights(module: nn.Module, source: int = 0) -> None:
             dist.broadcast(tensor, group=_team, group_src=source)
 
 
+@torch.no_grad()
+def broadcast_to_rollout_ranks(module: nn.Module) -> None:
+    """Give the rollout ranks what trains, and the buffers, as policy rank 0 holds them; call it on that rank and on the rollout ranks."""
+    for tensor in (*(parameter for parameter in module.parameters() if parameter.requires_grad), *module.buffers()):
+        dist.broadcast(tensor, _first, group=_groups["weights"])
+
+
 def mesh(ranks: Ranks, replicas: int = 1) -> Any:
     """The device mesh of all ranks for `shard`: one dimension, or (replicas, shards) where each group of ranks, a node say, holds a whole copy."""
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -339,7 +367,7 @@ def mesh(ranks: Ranks, replicas: int = 1) -> Any:
         raise ValueError(f"{ranks.world} ranks cannot hold {replicas} equal replicas; possible are {', '.join(map(str, near))}")
     if _team is not None:
         if replicas > 1:
-            raise ValueError("with env_ranks and policy_ranks the policy ranks hold one sharded copy together: replicas must be 1")
+            raise ValueError("with roles the policy ranks hold one sharded copy together: replicas must be 1")
         return DeviceMesh.from_group(_team, ranks.device.type, mesh_dim_names=("shard",))
     if replicas == 1:
         return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))

@@ -477,6 +477,9 @@ def evaluate(
             or f"vlahub.evaluate({venv.card.id!r}, ..., episodes={episodes}, seed={seed}, execute={execute}, max_steps={max_steps}, env_options={env_options})"
         )
         results = Results(outcomes, {**settings, "episodes": episodes, "num_envs": venv.num_envs}, [], command=command)
+        if folder is not None and videos and not video.available():
+            videos, chosen = 0, None
+            _warn(results, video.NO_VIDEOS, progress)
         _run(venv, player, fit, todo, results, folder, progress)
         if folder is not None:
             folder.write(results)  # the figures first: recording takes a while

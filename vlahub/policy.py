@@ -88,9 +88,10 @@ class Policy(nn.Module):
         """
 
     @torch.no_grad()
-    def value(self, observation: Observation) -> torch.Tensor:
-        """[B, 1] or [B, T]: the critic's estimate alone, where an episode was cut. Families override it where less than a whole sample suffices."""
-        value = self.sample(observation).value
+    def value(self, observation: Observation, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, 1] or [B, T]: the critic's estimate alone, where an episode was cut. `seeds` as in `sample`, because some critics look at noise too.
+        Families override it where less than a whole sample suffices."""
+        value = self.sample(observation, seeds).value
         if value is None:
             raise ValueError(f"this {self.family} policy has no value head; load it with value_head=True")
         return value

@@ -7,10 +7,10 @@ Shapes: K chunks of B environments; N <= T actions of each predicted chunk are e
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from vlahub.env import ChunkResult
 from vlahub.interface import check
 from vlahub.observation import Observation, select
 from vlahub.policy import Policy, Sample, Trace
-from vlahub.remote import RemoteEnv
 from vlahub.vector import VectorEnv
+
+if TYPE_CHECKING:
+    from vlahub.remote import RemoteEnv
 
 Level = Literal["token", "action", "chunk"]
 
@@ -71,6 +73,60 @@ class Rollout:
     def used(self) -> torch.Tensor:
         """Indices of the rows that may be trained on."""
         return self.row[self.row >= 0].sort().values
+
+    def of(self, envs: range) -> Rollout:
+        """The part of some environments. Lost episodes are counted with the first environment."""
+        row = self.row[:, envs.start : envs.stop]
+        kept = row[row >= 0].sort().values
+        kept = kept if len(kept) else torch.zeros(1, dtype=torch.int64, device=row.device)  # a batch never has no row at all
+        part = {name: grid[..., envs.start : envs.stop] if name == "next_value" else grid[:, envs.start : envs.stop] for name, grid in self._grids().items()}
+        return replace(
+            self,
+            **part,
+            row=torch.where(row >= 0, torch.searchsorted(kept, row.contiguous()), -1),
+            trace={key: tensor[kept] for key, tensor in self.trace.items()},
+            log_prob=self.log_prob[kept],
+            episodes=[replace(record, env=record.env - envs.start) for record in self.episodes if record.env in envs],
+            aborted=self.aborted if envs.start == 0 else 0,
+        )
+
+    def to(self, device: torch.device | str) -> Rollout:
+        moved = {name: grid.to(device) for name, grid in self._grids().items()}
+        return replace(
+            self, **moved, row=self.row.to(device), log_prob=self.log_prob.to(device), trace={key: tensor.to(device) for key, tensor in self.trace.items()}
+        )
+
+    def _grids(self) -> dict[str, torch.Tensor]:
+        """What is there per environment, but for `row`."""
+        names = [one.name for one in fields(self) if one.name not in ("row", "log_prob", "trace")]
+        return {name: getattr(self, name) for name in names if isinstance(getattr(self, name), torch.Tensor)}
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """The rollouts of several groups of environments as one, these behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(len(part.row) for part in parts)
+    firsts = np.cumsum([0, *(len(part.log_prob) for part in parts)]).tolist()
+    envs = np.cumsum([0, *(part.row.shape[1] for part in parts)]).tolist()
+
+    def grid(get: Callable[[Rollout], torch.Tensor], fill: float) -> torch.Tensor:  # [K, B, ...] each -> [longest, all B, ...]
+        grids = [get(part) for part in parts]
+        return torch.cat([torch.cat([one, one.new_full((longest - len(one), *one.shape[1:]), fill)]) for one in grids], 1)
+
+    together = {name: grid(lambda part, name=name: getattr(part, name), 0) for name in parts[0]._grids() if name != "next_value"}  # type: ignore[misc]
+    if parts[0].next_value is not None:
+        together["next_value"] = torch.cat([part.next_value for part in parts])  # type: ignore[misc]
+    offsets = iter(firsts)
+    return Rollout(
+        **together,
+        row=grid(lambda part: torch.where(part.row >= 0, part.row + next(offsets), -1), -1),
+        trace={key: torch.cat([part.trace[key] for part in parts]) for key in parts[0].trace},
+        log_prob=torch.cat([part.log_prob for part in parts]),
+        episodes=[replace(record, env=record.env + first) for part, first in zip(parts, envs, strict=False) for record in part.episodes],
+        aborted=sum(part.aborted for part in parts),
+        seconds={what: max(part.seconds[what] for part in parts) for what in parts[0].seconds},
+    )
 
 
 def reduce_log_prob(log_prob: torch.Tensor, valid: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,6 +267,10 @@ class Collector:
         """Of some environments of a slot, as the policy expects it."""
         return self.fit.observation(self.seen[slot] if mask.all() else select(self.seen[slot], mask))
 
+    def _noise(self, rows: np.ndarray) -> torch.Tensor:
+        """[b, 2] seeds of the noise of these environments' next decisions."""
+        return torch.from_numpy(np.stack([self.noise[rows], self.steps[rows]], axis=1))
+
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         before = time.perf_counter()
@@ -258,7 +318,7 @@ class Collector:
                 cut = truncated[k, rows].any(1)
                 if cut.any() and samples[0].value is not None:
                     with self._timed("infer"):
-                        cut_value[k, rows[cut]] = self.policy.value(self._observation(slot, cut))[:, 0].float().cpu().numpy()
+                        cut_value[k, rows[cut]] = self.policy.value(self._observation(slot, cut), self._noise(rows[cut]))[:, 0].float().cpu().numpy()
                 with self._timed("simulate"):
                     self._begin(slot)
 
@@ -270,8 +330,7 @@ class Collector:
                 if not asked.any():
                     continue
                 with self._timed("infer"):
-                    noise = torch.from_numpy(np.stack([self.noise[rows[asked]], self.steps[rows[asked]]], axis=1))
-                    sample = self.policy.sample(self._observation(slot, asked), noise)
+                    sample = self.policy.sample(self._observation(slot, asked), self._noise(rows[asked]))
                     actions = np.zeros((len(rows), N, self.env.single_action_space.shape[0]), np.float32)
                     actions[asked] = self.fit.actions(sample.actions[:, :N].float().cpu().numpy())
                 filmed = {}
@@ -311,6 +370,6 @@ class Collector:
             rollout.cut_value = on_device(cut_value)
             if refill:
                 with self._timed("infer"):
-                    parts = [self.policy.value(self._observation(slot, np.ones(len(rows), bool)))[:, 0] for slot, rows in enumerate(self.slots)]
-                    rollout.next_value = torch.cat(parts).float()
+                    every = [(self._observation(slot, np.ones(len(rows), bool)), self._noise(rows)) for slot, rows in enumerate(self.slots)]
+                    rollout.next_value = torch.cat([self.policy.value(*given)[:, 0] for given in every]).float()
         return rollout

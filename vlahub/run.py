@@ -28,8 +28,8 @@ from vlahub.distributed import Ranks, print0
 from vlahub.evaluation import evaluate
 from vlahub.interface import Interface
 from vlahub.policy import Policy
-from vlahub.remote import RemoteEnv, serve
-from vlahub.rollout import Collector, Film, Rollout
+from vlahub.remote import RemoteCollector, RemoteEnv, RolloutRanks, serve_env, serve_rollouts
+from vlahub.rollout import Collector, Film, Rollout, SeedStream
 from vlahub.tracking import Tracker
 from vlahub.vector import VectorEnv, make
 
@@ -37,7 +37,7 @@ EVAL_SEED = 1_000_003  # of evaluation episodes; the episodes of training draw t
 # What may change when a run is resumed; anything else would silently make it another run.
 MAY_CHANGE = {
     "resume", "total_iterations", "eval_every", "eval_episodes", "video_every", "keep", "track", "workers", "out", "name", "device", "shard",
-    "gradient_checkpointing", "offload", "env_ranks", "policy_ranks",
+    "gradient_checkpointing", "offload", "env_ranks", "policy_ranks", "rollout_ranks",
 }  # fmt: skip
 
 Args = TypeVar("Args")
@@ -159,15 +159,47 @@ def make_env(args: Shared, count: int, ranks: int) -> VectorEnv:
     return make(args.env_id, num_envs=count, slots=min(2, workers), workers=workers, **options)
 
 
-def serve_envs(args: Any, num_envs: int, ranks: Ranks) -> None:
-    """Life of an env rank: it simulates its share of all environments for a policy rank until that is done."""
-    env_ranks = len(distributed.parse_ranks(args.env_ranks, dist.get_world_size()))
-    divides(num_envs, env_ranks, "the number of environments", "the number of env ranks")
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's wish to stop is for the policy ranks, which still need their environments to save and leave
+def serve(args: Any, num_envs: int, ranks: Ranks, **policy_options: Any) -> None:
+    """Life of a rank that does not train: it simulates, or infers, its share of all environments until those that it does so for are done."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's wish to stop is for the policy ranks, which still need the others to save and leave
         signal.signal(number, signal.SIG_IGN)
-    here = min(env_ranks, int(os.environ["LOCAL_WORLD_SIZE"]))
-    serve(lambda: make_env(args, num_envs // env_ranks, here), ranks.policy_rank)
+    members = len(distributed.parse_ranks(args.env_ranks if ranks.role == "env" else args.rollout_ranks, dist.get_world_size()))
+    divides(num_envs, members, "the number of environments", f"the number of {ranks.role} ranks")
+    count, here = num_envs // members, min(members, int(os.environ["LOCAL_WORLD_SIZE"]))
+
+    def collector() -> Collector:
+        env = RemoteEnv(ranks.env_ranks) if ranks.env_ranks else make_env(args, count, here)
+        policy = load_policy(args, env.interface, **policy_options).to(ranks.device).eval()
+        place = distributed.parse_ranks(args.rollout_ranks, dist.get_world_size()).index(dist.get_rank())
+        return Collector(env, policy, SeedStream(args.seed, distributed.share(num_envs, place, members)), args.execute or None)
+
+    if ranks.role == "env":
+        serve_env(lambda: make_env(args, count, here), ranks.serves[0])
+    else:
+        with advice(args), autocast(args, ranks.device):
+            serve_rollouts(collector, ranks.serves)
     distributed.cleanup()
+
+
+def load_policy(args: Shared, interface: Interface, **options: Any) -> Policy:
+    """The policy that a run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
+    distributed.seed_everything(args.seed)  # fresh weights and heads are the same on every rank
+    options = {**options, **key_values("policy-options", args.policy_options)}
+    if args.gradient_checkpointing:
+        options["gradient_checkpointing"] = True
+    family, _, name = args.policy.partition(":")
+    try:
+        if family == "tiny":
+            return catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
+        return Policy.from_pretrained(args.policy, dtype=torch.float32, **options)
+    except TypeError as error:
+        if args.gradient_checkpointing and "gradient_checkpointing" in str(error):
+            raise ValueError(f"the family of {args.policy} does not offer gradient checkpointing: leave --gradient-checkpointing off") from error
+        raise
+
+
+def autocast(args: Shared, device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
 
 
 def _move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -191,10 +223,13 @@ class Run:
             (self.folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
         self.tracker = Tracker(self.folder, settings, wandb=args.track, rank=ranks.rank)
         print0(f"run {self.folder} on {ranks.world} rank{'s' if ranks.world > 1 else ''} ({ranks.device.type})")
+        if (args.eval_every or getattr(args, "video_every", 0)) and not video.available():
+            print0(f"WARNING: {video.NO_VIDEOS}")
         self.seconds: dict[str, float] = {}
         self.skipped = self.skipped_in_a_row = 0
         self.started, self.steps_at_start = time.perf_counter(), 0
         self.stop_signal = ""
+        self.rollout_ranks: RolloutRanks | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers send before they end a job
             with contextlib.suppress(ValueError):  # not in the main thread (a notebook, a test)
                 signal.signal(number, self._on_signal)
@@ -208,28 +243,21 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ parts of a run
 
-    def make_env(self, count: int) -> VectorEnv | RemoteEnv:
+    def make_env(self, count: int) -> VectorEnv | RemoteEnv | RolloutRanks:
         """This rank's environments, wherever they live."""
+        if self.ranks.rollout_ranks:
+            self.rollout_ranks = RolloutRanks(self.ranks.rollout_ranks)
+            return self.rollout_ranks
         if self.ranks.env_ranks:
             return RemoteEnv(self.ranks.env_ranks)
         return make_env(self.args, count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
+    def collector(self, env: Any, policy: Policy, seeds: SeedStream) -> Collector | RemoteCollector:
+        """What runs the policy in these environments, on this rank or through its rollout ranks."""
+        return RemoteCollector(env, policy, seeds) if self.rollout_ranks else Collector(env, policy, seeds, self.args.execute or None)
+
     def load_policy(self, interface: Interface, **options: Any) -> Policy:
-        """The policy that the run starts from, with float32 weights: "tiny:FAMILY" with fresh weights, anything else by from_pretrained."""
-        distributed.seed_everything(self.args.seed)  # fresh weights and heads are the same on every rank
-        options = {**options, **key_values("policy-options", self.args.policy_options)}
-        if self.args.gradient_checkpointing:
-            options["gradient_checkpointing"] = True
-        family, _, name = self.args.policy.partition(":")
-        try:
-            if family == "tiny":
-                policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
-            else:
-                policy = Policy.from_pretrained(self.args.policy, dtype=torch.float32, **options)
-        except TypeError as error:
-            if self.args.gradient_checkpointing and "gradient_checkpointing" in str(error):
-                raise ValueError(f"the family of {self.args.policy} does not offer gradient checkpointing: leave --gradient-checkpointing off") from error
-            raise
+        policy = load_policy(self.args, interface, **options)
         return policy if self.shards else policy.to(self.ranks.device)  # sharding moves one block at a time: the whole may not fit
 
     @property
@@ -250,10 +278,13 @@ class Run:
 
     @contextlib.contextmanager
     def acting(self, policy: Policy) -> Iterator[None]:
-        """Around rollouts and evaluations: the policy does not train, and every rank holds all of its weights."""
+        """Around rollouts and evaluations: the policy does not train, every rank holds all of its weights, and rollout ranks have been given them."""
         training = policy.training
         policy.eval()
         with self.autocast(), distributed.whole(policy):
+            if self.rollout_ranks:
+                with self.timed("weights"):
+                    self.rollout_ranks.give_weights(policy)
             yield
         policy.train(training)
 
@@ -277,7 +308,7 @@ class Run:
             group["lr"] = group["full_lr"] * fraction
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.args.bf16 else contextlib.nullcontext()
+        return autocast(self.args, self.ranks.device)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -288,7 +319,7 @@ class Run:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - before
 
     @contextlib.contextmanager
-    def updating(self, optimizer: torch.optim.Optimizer, env: VectorEnv | RemoteEnv) -> Iterator[None]:
+    def updating(self, optimizer: torch.optim.Optimizer, env: VectorEnv | RemoteEnv | RolloutRanks) -> Iterator[None]:
         """Around an update. With --offload the environment's model and the optimizer's state take turns on the GPU: outside updates the latter lies on the CPU."""
         if not self.args.offload:
             yield
@@ -302,10 +333,10 @@ class Run:
         env.unpark()
 
     @contextlib.contextmanager
-    def filming(self, collector: Collector, iteration: int) -> Iterator[None]:
+    def filming(self, collector: Collector | RemoteCollector, iteration: int) -> Iterator[None]:
         """Every `video_every` iterations rank 0 films its first environment, into videos/ITERATION.mp4; otherwise nothing is drawn."""
         every = self.args.video_every
-        if not every or iteration % every or self.ranks.rank:
+        if not every or iteration % every or self.ranks.rank or not video.available():
             yield
             return
         collector.film = film = Film()
@@ -353,7 +384,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ evaluation, logs, checkpoints
 
-    def evaluate(self, policy: Policy, env: VectorEnv | None, iteration: int, steps: int) -> bool:
+    def evaluate(self, policy: Policy, env: VectorEnv | RolloutRanks | None, iteration: int, steps: int) -> bool:
         """Deterministic success rate on the same episodes each time, if it is due (returns whether). The report is in eval/ITERATION.
 
         Rank 0 runs them in its own environments, so their running episodes are given up."""
@@ -364,7 +395,8 @@ class Run:
         def run() -> dict[str, float]:
             out = self.folder / "eval" / f"{iteration:06d}"
             shutil.rmtree(out, ignore_errors=True)  # of a run that was killed after it; the weights may differ in the last digit
-            results = evaluate(env, policy, episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy)
+            wanted = dict(episodes=self.args.eval_episodes, seed=EVAL_SEED, out=out, videos=1, progress=False, policy_name=self.args.policy)
+            results = env.evaluate(**wanted) if isinstance(env, RolloutRanks) else evaluate(env, policy, **wanted)
             print(f"after {iteration} iterations: {results}", flush=True)
             return results.metrics()
 

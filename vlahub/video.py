@@ -6,6 +6,7 @@ save("click.mp4", encode(frames, fps=25))
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 from collections.abc import Iterable
@@ -19,6 +20,14 @@ LEAST_WIDTH = 320  # narrower pictures are enlarged by a whole factor, so that t
 LEAST_TEXT = 13  # pixels; wide pictures get larger letters, because they are shown smaller
 MARGIN = 6
 INK = {"plain": (235, 235, 235), "good": (110, 220, 130), "bad": (250, 130, 120)}
+
+
+NO_VIDEOS = "there are no videos, because the package av is not installed: pip install av"
+
+
+def available() -> bool:
+    """Whether `encode` and `decode` can work. Training and evaluation go on without, and say so."""
+    return importlib.util.find_spec("av") is not None
 
 
 def caption(picture: np.ndarray, instruction: str, status: str, mood: str = "plain") -> np.ndarray:

@@ -581,7 +581,7 @@ class OpenVLAOFT(Policy):
         return Sample(self.to_env(bins_to_actions(bins)), log_prob, value, {**inputs, "bins": bins})
 
     @torch.no_grad()
-    def value(self, observation: Observation) -> torch.Tensor:
+    def value(self, observation: Observation, seeds: torch.Tensor | None = None) -> torch.Tensor:
         if self.value_head is None:
             raise ValueError("this policy has no value head; load it with value_head=True")
         return self.value_head(self.hidden(self.prepare(observation))[:, 0]).float()

@@ -431,11 +431,11 @@ class Pi0Policy(Accelerated, Policy):
         return Sample(actions, log_prob[..., : actions.shape[-1]], value, {**inputs, **chain, **of_prefix})
 
     @torch.no_grad()
-    def value(self, observation: Observation) -> torch.Tensor:
+    def value(self, observation: Observation, seeds: torch.Tensor | None = None) -> torch.Tensor:
         if self.config.value_head and self.config.value_from == "prefix":
             inputs = self._trim(self.prepare(observation))
             return self._prefix_value(self._encode(inputs), inputs)
-        return super().value(observation)
+        return super().value(observation, seeds)
 
     def _run(self, inputs: Trace, x: torch.Tensor, plan: flow.Schedule, noise: torch.Tensor | None) -> tuple[flow.Walk, Trace]:
         """The prefix once, then every step of the schedule: the walk, and what `evaluate` needs of the prefix."""

@@ -356,7 +356,7 @@ class QwenOFTPolicy(Accelerated, Policy):
         return Sample(self.config.codec.decode(actions), self._score(actions, mean)[0], value, {**inputs, "actions": actions})
 
     @torch.no_grad()
-    def value(self, observation: Observation) -> torch.Tensor:
+    def value(self, observation: Observation, seeds: torch.Tensor | None = None) -> torch.Tensor:
         value = self.forward(self.prepare(observation))[1]
         if value is None:
             raise ValueError("this starvla policy has no value head; load it with value_head=True")

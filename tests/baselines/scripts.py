@@ -13,8 +13,8 @@ from pathlib import Path
 HERE = {**os.environ, "PYTHONPATH": "."}  # Python adds only the script's own folder to its path
 
 
-def launch(baseline: str, *torchrun: str, **options) -> subprocess.CompletedProcess:
-    """Run a baseline with the test world and policies registered. With words for torchrun, under it; else as a fork (tests/baselines/forks.py)."""
+def launch(baseline: str, *torchrun: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """Run a baseline with the test world and policies registered. With words for torchrun, under it; else as forks (tests/baselines/forks.py)."""
     words = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -23,7 +23,7 @@ def launch(baseline: str, *torchrun: str, **options) -> subprocess.CompletedProc
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     if not torchrun:
-        return fork([baseline, *words])
+        return fork([baseline, *words], ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun, "tests/baselines/launch.py", baseline, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=HERE)
 
@@ -34,10 +34,10 @@ def forks() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "tests.baselines.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=HERE)
 
 
-def fork(words: list[str], seconds: float = 300) -> subprocess.CompletedProcess:
+def fork(words: list[str], ranks: int = 1, seconds: float = 300) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in ("out", "err")]
-        forks().stdin.write(json.dumps([words, *files]).encode() + b"\n")
+        forks().stdin.write(json.dumps([words, *files, ranks]).encode() + b"\n")
         pid = int(forks().stdout.readline())
         late = not select.select([forks().stdout], [], [], seconds)[0]
         if late:

@@ -144,8 +144,8 @@ SMALL = {"env_id": "test/PointTold", "policy": "tiny:test-mlp-gaussian", "num_gr
 NAMES = ("train/actor/policy_loss", "train/actor/approx_kl", "train/actor/grad_norm", "env/success_once", "rollout/groups_kept")
 
 
-def script(tmp_path, *ranks: str, **options):
-    run = launch("grpo", *ranks, **{**SMALL, "out": tmp_path} | options)
+def script(tmp_path, **options):
+    run = launch("grpo", **{**SMALL, "out": tmp_path} | options)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return run
 
@@ -155,7 +155,7 @@ def test_two_ranks_see_what_one_sees(tmp_path):
     options = {"total_iterations": 1, "save_every": 0, "kl_coef": 0.1, "ratio_level": "token", "rollout_rounds": 2, "group_size": 4, "seed": 3}
     options["min_group_score"] = 0.01
     script(tmp_path, name="one", micro_batch_size=5, **options)
-    script(tmp_path, "--nproc-per-node=2", name="two", **options)
+    script(tmp_path, ranks=2, name="two", **options)
     one, two = (curves(tmp_path / name, *NAMES, "train/actor/reference_kl") for name in ("one", "two"))
     assert len(one) == 1 and one[0]["rollout/groups_kept"] == 0.25, "this seed keeps one group of four, so the other rank has none"
     for a, b in zip(one, two, strict=True):

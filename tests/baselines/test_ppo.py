@@ -153,22 +153,42 @@ def losses(folder) -> list[dict]:
 
 
 def test_two_ranks_see_what_one_sees_wherever_the_environments_live(tmp_path):
-    """One rank that does everything; two that do; and one that infers and trains while two others simulate, through which evaluations and films go too."""
+    """One rank that does everything; two that do; and ranks with roles of their own, through which evaluations and films go too."""
     options = {"total_iterations": 2, "save_every": 0}
     more = {"video_every": 2, "eval_every": 2, "eval_episodes": 2}
     one = script(tmp_path, name="one", **options, **more)
     two = script(tmp_path, "--nproc-per-node=2", name="two", workers=1, **options)
-    roles = script(tmp_path, "--nproc-per-node=3", name="roles", workers=1, env_ranks="0,2", policy_ranks="1", **options, **more)
-    assert one.returncode == two.returncode == roles.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:] + roles.stderr[-2000:]
+    roles = script(tmp_path, ranks=3, name="roles", workers=1, env_ranks="0,2", policy_ranks="1", **options, **more)
+    apart = script(tmp_path, ranks=4, name="apart", workers=1, env_ranks="0,2", rollout_ranks="3", policy_ranks="1", **options, **more)
+    for run in (one, two, roles, apart):
+        assert run.returncode == 0, run.stderr[-3000:]
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert all(a[name] == pytest.approx(b[name], abs=1e-5) for name in a), (a, b)
-    assert losses(tmp_path / "one") == losses(tmp_path / "roles")
-    for name in ("one", "roles"):
+    assert losses(tmp_path / "one") == losses(tmp_path / "roles") == losses(tmp_path / "apart")
+    for name in ("one", "roles", "apart"):
         assert len(video.decode(tmp_path / name / "videos/000000.mp4")) == 16, "8 chunks of 2 steps of the first environment"
         assert not (tmp_path / name / "videos/000001.mp4").exists()
-    episodes = [json.loads((tmp_path / name / "eval/000002/results.json").read_text())["episodes"] for name in ("one", "roles")]
-    one, roles = ([(episode["seed"], episode["length"], episode["return"]) for episode in run] for run in episodes)
-    assert one == roles and len(one) == 2
+    episodes = [json.loads((tmp_path / name / "eval/000002/results.json").read_text())["episodes"] for name in ("one", "roles", "apart")]
+    one, roles, apart = ([(episode["seed"], episode["length"], episode["return"]) for episode in run] for run in episodes)
+    assert one == roles == apart and len(one) == 2
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        {"ranks": 3, "rollout_ranks": "0", "policy_ranks": "1-2"},  # one rank infers for two, each of which gets its part of the rollout
+        {"ranks": 3, "rollout_ranks": "0,2", "policy_ranks": "1", "save_every": 1},  # two infer for one, which joins their rollouts
+    ],
+)
+def test_rollout_ranks_change_no_number(tmp_path, roles):
+    options = {"total_iterations": 3, "policy": "tiny:test-mlp-flow", "max_steps": 6, "save_every": roles.get("save_every", 0)}
+    runs = [script(tmp_path, name="one", **options), script(tmp_path, name="roles", workers=1, **{**options, **roles})]
+    assert not any(run.returncode for run in runs), runs[0].stderr[-2000:] + runs[1].stderr[-2000:]
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "roles"), strict=True):
+        assert all(a[name] == pytest.approx(b[name], abs=1e-5) for name in a), (a, b)
+    if "save_every" in roles:
+        a, b = (json.loads((tmp_path / name / "checkpoints/step-000000003/checkpoint.json").read_text())["counters"] for name in ("one", "roles"))
+        assert a == b and min(a["episodes"]) > 3
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

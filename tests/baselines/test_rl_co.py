@@ -24,8 +24,8 @@ def real(tmp_path_factory):
     return folder
 
 
-def script(baseline, tmp_path, *torchrun, **options):
-    run = launch(baseline, *torchrun, **{**SMALL, "out": tmp_path, "save_every": 0} | options)
+def script(baseline, tmp_path, **options):
+    run = launch(baseline, **{**SMALL, "out": tmp_path, "save_every": 0} | options)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return run
 
@@ -40,7 +40,7 @@ def test_without_real_data_it_is_ppo_to_the_digit(tmp_path):
 
 def test_two_ranks_see_what_one_sees_and_the_losses_add_up(real, tmp_path):
     one = script("rl_co", tmp_path, name="one", total_iterations=2, real_dataset=real, sft_batch_size=6)
-    two = script("rl_co", tmp_path, "--nproc-per-node=2", name="two", total_iterations=2, real_dataset=real, sft_batch_size=6)
+    two = script("rl_co", tmp_path, ranks=2, name="two", total_iterations=2, real_dataset=real, sft_batch_size=6)
     assert "4 decisions x 6 frames / (4 per micro-batch x 1 ranks) = 6 real frames per optimizer step" in one.stdout
     assert "6 real frames, 3 on each of 2 ranks" in two.stdout
     one, two = (curves(tmp_path / name, *LOSSES) for name in ("one", "two"))

@@ -19,16 +19,16 @@ def demos(tmp_path_factory):
     return folder
 
 
-def sft(demos, tmp_path, *torchrun, **options):
+def sft(demos, tmp_path, **options):
     small = {"dataset": demos, "policy": "tiny:test-mlp-gaussian", "out": tmp_path, "batch_size": 8, "log_every": 1, "save_every": 3, "workers": 1}
-    run = launch("sft", *torchrun, **{**small, **options})
+    run = launch("sft", **{**small, **options})
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return run
 
 
 def test_two_ranks_see_what_one_sees(demos, tmp_path):
     sft(demos, tmp_path, name="one", policy="tiny:test-mlp-flow", total_iterations=4, micro_batch_size=2)
-    sft(demos, tmp_path, "--nproc-per-node=2", name="two", policy="tiny:test-mlp-flow", total_iterations=4)
+    sft(demos, tmp_path, ranks=2, name="two", policy="tiny:test-mlp-flow", total_iterations=4)
     one, two = (curves(tmp_path / name, "train/sft_loss", "train/actor/grad_norm") for name in ("one", "two"))
     assert len(one) == 4 and all(a[name] == pytest.approx(b[name], abs=1e-5) for a, b in zip(one, two, strict=True) for name in a)
 

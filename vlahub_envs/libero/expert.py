@@ -7,7 +7,8 @@ So a policy that imitates it sees smooth motions that depend on the state and li
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 
 import mujoco
 import numpy as np
@@ -26,12 +27,16 @@ AHEAD = 0.05  # m
 LOW = 0.035  # m above the lowest point of what is carried, up to which even what is left behind could catch it
 LIFT = 0.04  # m of missing height at which nothing moves to the side any more
 HAND = (0.05, 0.11)  # m from the grip site up to the hand's body, and how far that reaches to the sides
+GRIP = 5  # steps until the gripper's command, which moves by 0.25 per step, has come from open to closing
 REST = 0.0006  # m: fingers that move less than this in a step have stopped
-SLIPPED = 0.02  # m that an object may move in the grip
 REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
+OVERSHOOT = 0.006  # m that a hand arrives too far; at a drawer's front a finger would be caught, and not close
+LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
+FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
+TIPPED = 0.1  # rad that an object may tip while the hand comes
 FLAT = 0.03  # m: what is lower and cannot be grasped is slid
 DOWN = np.array([0.0, 0.0, -1.0])
 
@@ -90,26 +95,37 @@ class ScriptedExpert:
     def _put(self, name: str, place: str) -> Iterator[np.ndarray]:
         """On or in another object or a region of one. A drawer is opened first."""
         drawer = self._drawer(place)
-        if drawer is not None and not self.env._eval_predicate(["open", place]):
+        while drawer is not None and not self.env._eval_predicate(["open", place]):
             yield from self._open(place)
         offset = self._free_spot(name, place)
         yield from self._bring(name, lambda: self._place(place) + offset)
 
     def _bring(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """An object's origin to a point, which may move."""
+        while True:
+            grasp = self._grasp(name, goal)
+            if grasp is None:
+                break
+            if (yield from self._take(grasp, self.env.obj_body_id[name])):
+                yield from self._carry(name, goal)
+                return
+        if np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) >= FLAT:
+            raise Unreachable(f"the arm can grasp {name} nowhere")
+        yield from self._drag(name, goal)
+
+    def _grasp(self, name: str, goal: Callable[[], np.ndarray]) -> Grasp | None:
+        """How to take an object that is to be brought to a point: firmly from above, else firmly with a hand that leans, else by its edge."""
         body = self.env.obj_body_id[name]
         carry = goal() - self.data.xpos[body]
-        for orientations in (self._from_above(body), self._tilted(self._from_above(body))):
-            grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation))
-            if grasp is not None:
-                break
-        if grasp is not None:
-            yield from self._take(grasp, body)
-            yield from self._carry(name, goal)
-        elif np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) < FLAT:
-            yield from self._drag(name, goal)
-        else:
-            raise Unreachable(f"the arm can grasp {name} nowhere")
+        low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+        above = self._from_above(body)
+        for firm in (1.0, 0.5, 0.0):
+            least = firm * min(FIRM[0], FIRM[1] * (high - low))
+            for orientations in (above, self._tilted(above)):
+                grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), least)
+                if grasp is not None:
+                    return grasp
+        return None
 
     def _open(self, place: str) -> Iterator[np.ndarray]:
         joint = self._drawer(place)
@@ -150,24 +166,29 @@ class ScriptedExpert:
                 orientations.append((rotation, float((Rotation.from_matrix(rotation) * START.inv()).magnitude())))
         return orientations
 
-    def _take(self, grasp: Grasp, body: int) -> Iterator[np.ndarray]:
-        """Go to the grasp, which moves with the body, and close the gripper."""
+    def _take(self, grasp: Grasp, body: int) -> Generator[np.ndarray, None, bool]:
+        """Go to the grasp, which moves with the body, and close the gripper. -> False if the body tips on the way, so that another grasp is needed."""
         position, rotation = self._frame(body)
         local = rotation.T @ (grasp.position - position), rotation.T @ grasp.rotation
+        upright = rotation.T @ DOWN
 
         def target() -> Pose:
             position, rotation = self._frame(body)
             return position + rotation @ local[0], rotation @ local[1]
 
         self.grip = OPEN
-        yield from self._approach(target)
+        for action in self._approach(target):
+            if np.linalg.norm(self._frame(body)[1].T @ DOWN - upright) > TIPPED:
+                return False
+            yield action
         held = self._hand()
         self.grip = CLOSED
         for step in range(PATIENCE):
             before = self.data.qpos[self.scene.fingers].copy()
             yield self._towards(*held)
-            if step > 2 and np.abs(self.data.qpos[self.scene.fingers] - before).max() < REST:
-                return
+            if step > GRIP and np.abs(self.data.qpos[self.scene.fingers] - before).max() < REST:
+                break
+        return True
 
     def _approach(self, target: Callable[[], Pose]) -> Iterator[np.ndarray]:
         """To a pose from behind it, along the hand's own axis; from above also over what stands in the way."""
@@ -194,14 +215,15 @@ class ScriptedExpert:
         _, rotation = self._hand()
         lowest = np.inf
         stalled = 0
-        apart = np.linalg.norm(self._hand()[0] - self.data.xpos[body])
+        lost = 0  # steps
         for _ in range(3 * PATIENCE):
             here = self.data.xpos[body].copy()
             there = goal()
             low, _ = Matter(self.scene, self.bodies[name]).extent(-DOWN)
             aside = float(np.linalg.norm((there - here)[:2]))
             hand, _ = self._hand()
-            if abs(np.linalg.norm(hand - here) - apart) > SLIPPED:
+            lost = 0 if self._touches(self.bodies[name]) else lost + 1
+            if lost > LOST:
                 break
             over = self._height_over(here, there, self._radius(name), here[2] - low, hand[2] - here[2], own)
             over = max(min(over, self._ceiling(hand, there - here) - hand[2] + here[2]), there[2])
@@ -265,16 +287,25 @@ class ScriptedExpert:
         grasp = grasps.find(self.arm, np.array([body]), self.data.xipos[body], orientations, led)
         if grasp is None:
             raise Unreachable(f"the arm can grasp {self.model.body(body).name} nowhere")
+        if slides:
+            grasp = replace(grasp, position=grasp.position - min(OVERSHOOT, grasp.depth / 2) * grasp.rotation[:, 2])
         yield from self._take(grasp, body)
+        lost = 0
         for _ in range(2 * PATIENCE):
             left = goal - self.data.qpos[self.model.jnt_qposadr[joint]]
-            if abs(left) < 0.003:
+            lost = 0 if self._touches(np.array([body])) else lost + 1
+            if abs(left) < 0.003 or lost > LOST:
                 break
             position, rotation = self._hand()
             yield self._towards(*led(position, grasp.rotation if slides else rotation, left if slides else np.clip(left, -0.4, 0.4)))
         yield from self._let_go()
 
     # -------------------------------------------------------------------------------------------- geometry and control
+
+    def _touches(self, bodies: np.ndarray) -> bool:
+        """Does the hand touch one of them?"""
+        pairs = self.model.geom_bodyid[self.data.contact.geom]  # [contacts, 2]
+        return bool((self.arm.own[pairs] & np.isin(pairs[:, ::-1], bodies)).any())
 
     def _place(self, place: str) -> np.ndarray:
         """Where an object's origin is to be."""

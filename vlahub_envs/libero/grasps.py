@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -31,7 +31,7 @@ TRIED = 300  # grasps, the cheapest first
 EASY = 0.7  # m from the robot's foot up to which the arm is not nearly straight
 LONGEST = 0.95  # m from the shoulder to the grip site, with everything straight
 SPARE = 0.2  # rad that joints stay away from their ends
-ELBOW = (-2.8, -0.7)  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
+ELBOW = (-2.8, -1.0)  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
 SAME_FACE = 0.003  # matter across a gap as narrow as this counts as one piece
 
 
@@ -44,6 +44,7 @@ class Grasp:
 
     position: np.ndarray  # [3]
     rotation: np.ndarray  # [3, 3]
+    depth: float  # of the grip site below the object's top, as the hand sees it
     cost: float
 
     @property
@@ -90,8 +91,8 @@ class Matter:
         return stretches
 
 
-def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float) -> Iterator[Grasp]:
-    """Grasps with one orientation of the hand, which is `turn` rad away from the easiest."""
+def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float, least: float = 0.0) -> Iterator[Grasp]:
+    """Grasps with one orientation of the hand, which is `turn` rad away from the easiest, at least so deep."""
     closing, aside, out = rotation.T
     nearest = -matter.extent(-out)[1]  # of the object's points along `out`, the first that the hand meets
     low, high = matter.extent(aside)
@@ -99,7 +100,7 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
     steps = np.arange(np.ceil((low - middle) / SPACING), np.floor((high - middle) / SPACING) + 1)
     # and through the middle of each part: a handle is narrower than the space between lines
     through = np.unique(np.concatenate([middle + SPACING * steps, matter.centres @ aside]).round(3))
-    for depth in DEPTHS:
+    for depth in (depth for depth in DEPTHS if depth >= least):
         for v in through:
             at = (nearest + depth) * out + v * aside
             lines = [matter.along(at + side * aside, closing) for side in (-SIDE, 0.0, SIDE)]
@@ -120,7 +121,7 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
                 position = at + (first + last) / 2 * closing
                 away = np.linalg.norm((position - centre)[:2] if abs(out[2]) > 0.5 else position - centre)
                 cost = 0.5 * turn + 150 * slant + 8 * away + 5 * (DEPTHS[0] - depth)
-                yield Grasp(position, rotation, cost)
+                yield Grasp(position, rotation, depth, cost)
 
 
 class Arm:
@@ -174,13 +175,19 @@ class Arm:
 
 
 def find(
-    arm: Arm, bodies: np.ndarray, centre: np.ndarray, orientations: list[tuple[np.ndarray, float]], after: Callable[[np.ndarray, np.ndarray], Pose]
+    arm: Arm,
+    bodies: np.ndarray,
+    centre: np.ndarray,
+    orientations: list[tuple[np.ndarray, float]],
+    after: Callable[[np.ndarray, np.ndarray], Pose],
+    least: float = 0.0,
 ) -> Grasp | None:
     """The cheapest grasp of `bodies` within reach.
 
     Args:
         centre: [3] better near this point: the centre of mass.
         orientations: of the hand, each with its distance in rad from the easiest.
+        least: depth of the grasp.
         after: where the hand will be, from where it grasps, when the object is in its place. Grasps with which it can open there come first.
     """
     matter, others = Matter(arm.scene, bodies), Matter(arm.scene, np.setdiff1d(np.flatnonzero(~arm.own), bodies))
@@ -191,10 +198,10 @@ def find(
         return grasp.cost + 25 * max(0.0, float(np.linalg.norm((grasp.position - foot)[:2])) - EASY)
 
     def fitting() -> Iterator[Grasp]:
-        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn)), key=cost):
+        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn, least)), key=cost):
             # the fingers meet in the middle of the hand; what is off the middle is pushed there, so that a finger has room outside
             for shift in (0.0, 0.012, -0.012, 0.024, -0.024):
-                shifted = Grasp(grasp.position + shift * grasp.rotation[:, 0], grasp.rotation, grasp.cost)
+                shifted = replace(grasp, position=grasp.position + shift * grasp.rotation[:, 0])
                 if _fingers_fit(everything, *shifted.pose) and _alone(others, *shifted.pose):
                     yield shifted
 

@@ -133,6 +133,20 @@ def test_noise_belongs_to_the_episode_and_is_recorded(tmp_path):
         record(POINT, "expert", 1, tmp_path / "bad", noise=-1.0)
 
 
+def test_intended_actions_are_what_the_policy_wanted_where_noise_led_it(tmp_path):
+    record(POINT, SlowToTheLeft(), 1, tmp_path, noise=(0.3, 0.0), labels="intended", max_steps=6, only_successes=False, progress=False)
+    dataset = Dataset(tmp_path)
+    wanted = np.concatenate([SlowToTheLeft()({"states": dataset.states[i : i + 1]})[0] for i in (0, 3)])
+    np.testing.assert_allclose(dataset.actions, wanted, atol=1e-6)
+    moved = np.diff(dataset.states, axis=0) / SPEED - dataset.actions[:-1]
+    assert (np.abs(moved[:, 0]) > 1e-3).all() and np.allclose(moved[:, 1], 0, atol=1e-5)  # noise on the first number alone
+    assert json.loads((tmp_path / "meta/recording.json").read_text())["labels"] == "intended"
+    with pytest.raises(ValueError, match="noise has 3 numbers"):
+        record(POINT, "expert", 1, tmp_path / "bad", noise=(0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="labels must be"):
+        record(POINT, "expert", 1, tmp_path / "bad", labels="wanted")
+
+
 def test_a_longer_recording_extends_a_shorter_one(tmp_path):
     first = record(POINT, "expert", 3, tmp_path, progress=False)
     more = record(POINT, "expert", 6, tmp_path, num_envs=2, progress=False)

@@ -140,7 +140,8 @@ def record(
     version: Literal["v2.1", "v3.0"] = "v2.1",
     images: Literal["png", "jpeg", "video"] = "png",
     only_successes: bool = True,
-    noise: float = 0.0,
+    noise: float | Sequence[float] = 0.0,
+    labels: Literal["applied", "intended"] = "applied",
     after: int = 0,
     look_every: int = 1,
     execute: int | None = None,
@@ -162,7 +163,9 @@ def record(
         version: of the LeRobot format. v3.0 is made at the end, of a v2.1 dataset in `OUT.recording`, which is then deleted.
         images: "png" (lossless), "jpeg" or "video".
         only_successes: leave out episodes that were not solved.
-        noise: standard deviation of Gaussian noise on every action, in action units; a new draw every ten control steps. What is recorded is what was applied.
+        noise: standard deviation of Gaussian noise on every action, in action units, one number or one for each of an action's numbers; a new draw every ten control steps.
+        labels: with noise, record the actions that were "applied", which is what a world model learns from, or those that were "intended" (DART): what the expert would
+            do where the noise led it, which is what behaviour cloning learns to recover from. Noise that holds leads away from the goal, so applied actions would teach that.
         after: control steps that an episode goes on for once it was solved, so that the solved state is seen too (world models and classifiers need it).
         look_every: control steps from one look to the next within a chunk. Every step has a row in any case; one that was not looked at repeats the observation before it, and
             the column "observation.seen" says so. `vlahub.dataset.Dataset` draws only rows that were seen.
@@ -172,8 +175,11 @@ def record(
         raise ValueError(f"look_every must be at least 1, not {look_every}")
     if isinstance(episodes, bool) or episodes < 1 or num_envs < 1 or seed < 0:
         raise ValueError(f"episodes and num_envs must be at least 1 and seed at least 0, not {episodes}, {num_envs} and {seed}")
-    if not 0 <= noise < np.inf or isinstance(after, bool) or after < 0:
+    spread = np.atleast_1d(np.asarray(noise, float)).tolist()  # one number, or one for each of an action's
+    if not all(0 <= value < np.inf for value in spread) or isinstance(after, bool) or after < 0:
         raise ValueError(f"noise and after must be at least 0, not {noise} and {after}")
+    if labels not in ("applied", "intended"):
+        raise ValueError(f"labels must be 'applied' or 'intended', not {labels!r}")
     if version not in ("v2.1", "v3.0"):
         raise ValueError(f"version must be 'v2.1' or 'v3.0', not {version!r}")
     if images not in ("png", "jpeg", "video"):
@@ -185,14 +191,18 @@ def record(
         module.training = False
     venv = _vector_env(env, policy, min(num_envs, episodes), max_steps, timeout, env_options or {}, after)
     try:
+        if len(spread) not in (1, venv.single_action_space.shape[0]):
+            raise ValueError(
+                f"noise has {len(spread)} numbers, an action of {venv.card.id} has {venv.single_action_space.shape[0]}; give as many, or one for all"
+            )
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
         todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE)
         settings = {
             "env": venv.card.id, "env_options": dict(env_options or {}), "assets": venv.assets, "max_steps": venv.max_steps, "policy": player.name,
             "weights": player.weights, "execute": player.execute, "seed": int(seed), "images": images, "only_successes": only_successes, "version": version,
-            "vlahub": vlahub.__version__, **({"noise": noise} if noise else {}), **({"after": after} if after else {}),
-            **({"look_every": look_every} if look_every > 1 else {}),
+            "vlahub": vlahub.__version__, **({"noise": spread if len(spread) > 1 else spread[0]} if any(spread) else {}), **({"labels": labels} if labels != "applied" else {}),
+            **({"after": after} if after else {}), **({"look_every": look_every} if look_every > 1 else {}),
         }  # fmt: skip
         if version == "v3.0" and (out / "meta/info.json").exists():
             return _finished(out, settings, todo)
@@ -201,7 +211,7 @@ def record(
             writer = DatasetWriter(folder, venv.interface, venv.metadata["render_fps"], images, robot_type=venv.card.family)
             lines = journal.lines(len(writer))
             _refuse_extra(folder, lines, todo)
-            _run(venv, player, fit, todo, lines, writer, journal, only_successes, noise, look_every, progress)
+            _run(venv, player, fit, todo, lines, writer, journal, only_successes, spread, labels, look_every, progress)
         finally:
             journal.close()
     finally:
@@ -269,7 +279,8 @@ def _run(
     writer: DatasetWriter,
     journal: Journal,
     only: bool,
-    noise: float,
+    noise: Sequence[float],
+    labels: str,
     look_every: int,
     progress: bool,
 ) -> None:
@@ -307,13 +318,13 @@ def _run(
             given = player.act(fit.observation(stack(seen)), [(running[row].episode.seed, running[row].steps) for row in live])
             by_row = dict(zip(live, fit.actions(checked_chunk(given, len(live), player.execute)), strict=True))
             chunks = [by_row.get(row) for row in rows]
-        for row, chunk in zip(rows, chunks, strict=True):
-            if row in running and chunk is not None:  # what is recorded is what is applied: within the bounds
+        low, high = venv.single_action_space.low, venv.single_action_space.high
+        for i, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
+            if row in running and chunk is not None:  # within the bounds, as it is applied
                 one, chunk = running[row], np.asarray(chunk, np.float32)
-                if noise:
-                    chunk = chunk + noise * noise_of(one.episode.seed, range(one.steps, one.steps + len(chunk)), chunk.shape[1])
-                one.actions.append(np.clip(chunk, venv.single_action_space.low, venv.single_action_space.high))
-        chunks = [running[row].actions[-1] if row in running and chunk is not None else chunk for row, chunk in zip(rows, chunks, strict=True)]
+                drawn = noise_of(one.episode.seed, range(one.steps, one.steps + len(chunk)), chunk.shape[1]) if any(noise) else 0.0
+                chunks[i] = np.clip(chunk + np.float32(noise) * drawn, low, high)
+                one.actions.append(chunks[i] if labels == "applied" else np.clip(chunk, low, high))
         venv.send(chunks, slot=slot, look=look_every)
         return True
 

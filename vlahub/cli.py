@@ -373,6 +373,7 @@ def record(
     only_successes: bool = True,
     noise: float = 0.0,
     after: int = 0,
+    first_trial: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -397,6 +398,7 @@ def record(
         only_successes: leave out episodes that were not solved; they are listed in any case. --no-only-successes keeps them.
         noise: standard deviation of Gaussian noise on every action, in action units; for a world model's data. The noisy action is what is recorded.
         after: control steps that an episode goes on for once it was solved; world models and success classifiers need to see the solved state.
+        first_trial: of every task; the trials before it are left for evaluations, which begin with trial 0.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
         timeout: seconds that a simulation may take to start, reset or run a chunk.
@@ -424,6 +426,7 @@ def record(
         only_successes=only_successes,
         noise=noise,
         after=after,
+        first_trial=first_trial,
         execute=execute,
         max_steps=max_steps,
         timeout=timeout,

@@ -141,6 +141,7 @@ def record(
     only_successes: bool = True,
     noise: float = 0.0,
     after: int = 0,
+    first_trial: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -162,12 +163,15 @@ def record(
         only_successes: leave out episodes that were not solved.
         noise: standard deviation of Gaussian noise on every action, in action units; a new draw every ten control steps. What is recorded is what was applied.
         after: control steps that an episode goes on for once it was solved, so that the solved state is seen too (world models and classifiers need it).
+        first_trial: of every task; the trials before it are left for evaluations, which begin with trial 0.
         execute, max_steps, timeout, env_options, policy_name, progress: as in `vlahub.evaluate`.
     """
     if isinstance(episodes, bool) or episodes < 1 or num_envs < 1 or seed < 0:
         raise ValueError(f"episodes and num_envs must be at least 1 and seed at least 0, not {episodes}, {num_envs} and {seed}")
     if not 0 <= noise < np.inf or isinstance(after, bool) or after < 0:
         raise ValueError(f"noise and after must be at least 0, not {noise} and {after}")
+    if isinstance(first_trial, bool) or first_trial < 0:
+        raise ValueError(f"first_trial must be at least 0, not {first_trial}")
     if version not in ("v2.1", "v3.0"):
         raise ValueError(f"version must be 'v2.1' or 'v3.0', not {version!r}")
     if images not in ("png", "jpeg", "video"):
@@ -181,11 +185,12 @@ def record(
     try:
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
-        todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE)
+        todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE, first_trial)
         settings = {
             "env": venv.card.id, "env_options": dict(env_options or {}), "assets": venv.assets, "max_steps": venv.max_steps, "policy": player.name,
             "weights": player.weights, "execute": player.execute, "seed": int(seed), "images": images, "only_successes": only_successes, "version": version,
             "vlahub": vlahub.__version__, **({"noise": noise} if noise else {}), **({"after": after} if after else {}),
+            **({"first_trial": first_trial} if first_trial else {}),
         }  # fmt: skip
         if version == "v3.0" and (out / "meta/info.json").exists():
             return _finished(out, settings, todo)

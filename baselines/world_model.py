@@ -652,7 +652,7 @@ def write_starts(data: Episodes, folder: Path, trials: int) -> None:
         counts[order[text]] += 1
         if trial < trials and (task, trial) not in found:
             found[task, trial] = StartState(data.frames[frames[0]], data.poses[frames[0]], text, task, trial)
-    start_states.write(StartStates([found[key] for key in sorted(found)]), folder / start_states.FILE)
+    start_states.write(StartStates([found[key] for key in sorted(found)]), folder / start_states.FILE, quality=90)
 
 
 # ------------------------------------------------------------------------------------------------ main

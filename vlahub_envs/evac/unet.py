@@ -101,7 +101,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         q = split_heads(self.to_q(x), self.heads)
         k, v = context or (split_heads(self.to_k(x), self.heads), split_heads(self.to_v(x), self.heads))
-        return self.to_out(attend_packed(q, k, v) if self.short and q.is_cuda else attend(q, k, v))
+        packed = self.short and q.is_cuda and not torch.is_grad_enabled()
+        return self.to_out((attend_packed if packed else attend)(q, k, v))
 
 
 class GEGLU(nn.Module):

@@ -141,7 +141,7 @@ class Args:
     videos: int = 4
     """side-by-side videos"""
     start_trials: int = 3
-    """start states per task that are written beside the model"""
+    """start states per task that are written beside the model, those of the first trials that were recorded"""
     log_every: int = 200
     """steps between lines of the log"""
 
@@ -670,9 +670,11 @@ def write_starts(data: Episodes, folder: Path, trials: int) -> None:
     for frames, text, number in zip(data.episodes, data.texts, data.numbers, strict=True):
         task, trial = number if numbered else (order[text], counts[order[text]])
         counts[order[text]] += 1
-        if trial < trials and (task, trial) not in found:
+        if (task, trial) not in found:
             found[task, trial] = StartState(data.frames[frames[0]], data.poses[frames[0]], text, task, trial)
-    start_states.write(StartStates([found[key] for key in sorted(found)]), folder / start_states.FILE, quality=90)
+    of_task = {task: sorted(trial for other, trial in found if other == task)[:trials] for task, _ in found}
+    chosen = [found[task, trial] for task in sorted(of_task) for trial in of_task[task]]
+    start_states.write(StartStates(chosen), folder / start_states.FILE, quality=90)
 
 
 # ------------------------------------------------------------------------------------------------ main

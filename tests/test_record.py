@@ -81,6 +81,8 @@ def test_the_episodes_are_those_of_an_evaluation_with_seeds_of_their_own(tmp_pat
     assert [(line.task, line.trial, line.seed) for line in result.lines] == [(episode.task, episode.trial, episode.seed) for episode in wanted]
     other = {episode.seed for episode in episodes_of(9, 7, 3, 3)} | {SeedStream(7, [env]).next(0) for env in range(9)}
     assert not {line.seed for line in result.lines} & other
+    later = record(POINT, "random", 3, tmp_path / "later", first_trial=2, max_steps=2, only_successes=False, progress=False)
+    assert [(line.task, line.trial) for line in later.lines] == [(0, 2), (1, 2), (2, 2)]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -375,6 +375,7 @@ def record(
     labels: Literal["applied", "intended"] = "applied",
     after: int = 0,
     look_every: int = 1,
+    first_trial: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -402,6 +403,7 @@ def record(
         after: control steps that an episode goes on for once it was solved; world models and success classifiers need to see the solved state.
         look_every: control steps from one look to the next. Drawing takes most of a recording's time, and neighbouring pictures are alike: with 10, ten times the episodes in the same time.
             A row between looks repeats the observation before it; the column "observation.seen" says so, and training draws only rows that were seen.
+        first_trial: of every task; the trials before it are left for evaluations, which begin with trial 0.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
         timeout: seconds that a simulation may take to start, reset or run a chunk.
@@ -431,6 +433,7 @@ def record(
         labels=labels,
         after=after,
         look_every=look_every,
+        first_trial=first_trial,
         execute=execute,
         max_steps=max_steps,
         timeout=timeout,

@@ -144,6 +144,7 @@ def record(
     labels: Literal["applied", "intended"] = "applied",
     after: int = 0,
     look_every: int = 1,
+    first_trial: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -169,6 +170,7 @@ def record(
         after: control steps that an episode goes on for once it was solved, so that the solved state is seen too (world models and classifiers need it).
         look_every: control steps from one look to the next within a chunk. Every step has a row in any case; one that was not looked at repeats the observation before it, and
             the column "observation.seen" says so. `vlahub.dataset.Dataset` draws only rows that were seen.
+        first_trial: of every task; the trials before it are left for evaluations, which begin with trial 0.
         execute, max_steps, timeout, env_options, policy_name, progress: as in `vlahub.evaluate`.
     """
     if isinstance(look_every, bool) or look_every < 1:
@@ -180,6 +182,8 @@ def record(
         raise ValueError(f"noise and after must be at least 0, not {noise} and {after}")
     if labels not in ("applied", "intended"):
         raise ValueError(f"labels must be 'applied' or 'intended', not {labels!r}")
+    if isinstance(first_trial, bool) or first_trial < 0:
+        raise ValueError(f"first_trial must be at least 0, not {first_trial}")
     if version not in ("v2.1", "v3.0"):
         raise ValueError(f"version must be 'v2.1' or 'v3.0', not {version!r}")
     if images not in ("png", "jpeg", "video"):
@@ -197,12 +201,12 @@ def record(
             )
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
-        todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE)
+        todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE, first_trial)
         settings = {
             "env": venv.card.id, "env_options": dict(env_options or {}), "assets": venv.assets, "max_steps": venv.max_steps, "policy": player.name,
             "weights": player.weights, "execute": player.execute, "seed": int(seed), "images": images, "only_successes": only_successes, "version": version,
             "vlahub": vlahub.__version__, **({"noise": spread if len(spread) > 1 else spread[0]} if any(spread) else {}), **({"labels": labels} if labels != "applied" else {}),
-            **({"after": after} if after else {}), **({"look_every": look_every} if look_every > 1 else {}),
+            **({"after": after} if after else {}), **({"look_every": look_every} if look_every > 1 else {}), **({"first_trial": first_trial} if first_trial else {}),
         }  # fmt: skip
         if version == "v3.0" and (out / "meta/info.json").exists():
             return _finished(out, settings, todo)

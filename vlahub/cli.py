@@ -205,7 +205,7 @@ def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreateP
         print(f"    {folder}: " + ("does not exist" if gone is None else packs.complaint(gone) if gone else "complete"))
     if any(gone == [] for gone in states.values()):
         return 0
-    print(f"not complete anywhere: {packs.how_to_get(name)}")
+    print(f"not complete anywhere, so that environments run on generated stand-ins: {packs.how_to_get(name)}")
     return 1
 
 

@@ -58,12 +58,31 @@ def test_each_row_is_an_observation_and_the_action_after_it(tmp_path, policy, on
     assert json.loads((tmp_path / "meta/stats.json").read_text())["action"] == dataset.statistics["actions"]
 
 
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_rows_between_looks_repeat_and_are_not_drawn(tmp_path, version):
+    """Chunks of three steps, looked at after the second and the last: nothing else differs from a recording of every step."""
+    settings = {"num_envs": 2, "seed": 3, "only_successes": False, "max_steps": 8, "version": version, "progress": False}
+    record(MANY_VIEWS, SlowToTheLeft(), 3, tmp_path / "all", **settings)
+    record(MANY_VIEWS, SlowToTheLeft(), 3, tmp_path / "some", look_every=2, **settings)
+    whole, some = (Dataset(tmp_path / name, horizon=4) for name in ("all", "some"))
+    assert np.array_equal(whole.actions, some.actions) and [entry.length for entry in whole.episodes] == [entry.length for entry in some.episodes] == [8] * 3
+    assert some.frames.tolist() == [start + step for start in (0, 8, 16) for step in (0, 2, 3, 5, 6)] and len(some) == 15 and len(whole) == 24
+    for i, frame in enumerate(some.frames):
+        one, other = some[i], whole[int(frame)]
+        assert all(np.array_equal(one[key], other[key]) for key in other)
+    assert np.array_equal(some.states[1], some.states[0]) and not np.array_equal(whole.states[1], whole.states[0])
+    with pytest.raises(ValueError, match="look_every must be at least 1"):
+        record(POINT, "random", 1, tmp_path / "none", look_every=0)
+
+
 def test_the_episodes_are_those_of_an_evaluation_with_seeds_of_their_own(tmp_path):
     result = record(POINT, "random", 4, tmp_path, seed=7, max_steps=2, only_successes=False, progress=False)
     wanted = episodes_of(4, 7, 3, 3, PURPOSE)
     assert [(line.task, line.trial, line.seed) for line in result.lines] == [(episode.task, episode.trial, episode.seed) for episode in wanted]
     other = {episode.seed for episode in episodes_of(9, 7, 3, 3)} | {SeedStream(7, [env]).next(0) for env in range(9)}
     assert not {line.seed for line in result.lines} & other
+    later = record(POINT, "random", 3, tmp_path / "later", first_trial=2, max_steps=2, only_successes=False, progress=False)
+    assert [(line.task, line.trial) for line in later.lines] == [(0, 2), (1, 2), (2, 2)]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -39,6 +40,8 @@ class Args:
     """the figures are medians over rounds"""
     threads: int = 2
     """threads that decode"""
+    formats: tuple[Literal["png", "jpeg", "video"], ...] = ("png", "jpeg", "video")
+    """pictures' formats; video needs PyAV"""
     out: Path | None = None
     """write the figures here as JSON"""
 
@@ -61,7 +64,7 @@ def main(args: Args) -> None:
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         loaders = {}
-        for images in ("png", "jpeg", "video"):
+        for images in args.formats:
             writer = DatasetWriter(Path(folder, images), interface, fps=5, images=images)
             for _ in range(args.frames // 40):
                 pictures = film(args.size, 40, rng)

@@ -194,7 +194,7 @@ def main() -> None:
             torch=torch.__version__,
         )
         poses = np.tile(starts_for(config)[0].pose, (8, 1))
-        show(drawing_8_maps=seconds(lambda: draw_maps(poses, config), "cpu", 5))
+        show(drawing_8_maps=seconds(lambda: draw_maps(np.tile(poses, (32, 1)), config, device), device, 5) / 32)
         for batch in args.batches:
             for autocast in (False, True):
                 if batch in (args.batches[0], args.batches[-1]) and not late():

@@ -83,6 +83,8 @@ def test_a_longer_evaluation_contains_the_shorter_one_and_seeds_differ():
 def test_more_episodes_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="3 tasks x 4 trials = 12"):
         episodes_of(13, 0, 3, 4)
+    with pytest.raises(ValueError, match="before trial 3 are left out.*at most 3"):
+        episodes_of(4, 0, 3, 4, first_trial=3)
     for count in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="episodes must be"):
             vlahub.evaluate("test/Point", "expert", count)

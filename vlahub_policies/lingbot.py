@@ -377,6 +377,7 @@ class Config:
     joint_logprob: bool = False
     noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
     noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.9 keeps paths smooth where a chunk is one motion
+    start_noise: float = 1.0  # scale of the noise that denoising starts from, outside training; 0 starts from its mean, for smooth paths
     value_head: bool = False
     value_hidden: tuple[int, ...] = (512, 256, 128)
 
@@ -394,8 +395,7 @@ class Config:
             raise ValueError(f"acceleration {self.acceleration!r} is unknown; known are {', '.join(MODES)}")
         if self.vision.out != self.text.hidden:
             raise ValueError(f"the vision tower gives {self.vision.out} numbers per token, the decoder takes {self.text.hidden}")
-        if self.noise_method not in flow.METHODS:
-            raise ValueError(f"noise_method {self.noise_method!r} is unknown; known are {', '.join(flow.METHODS)}")
+        self.exploration  # noqa: B018 - it refuses what it does not know
         if self.keep_prefix and not self.train_expert_only:
             raise ValueError("keep_prefix needs train_expert_only: keys and values of a prefix that is trained go out of date")
         self.vision.grid(self.image_size)
@@ -408,7 +408,9 @@ class Config:
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
+        return flow.Exploration(
+            self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation, self.start_noise
+        )
 
 
 def quick_layers(policy: nn.Module, mode: str) -> dict[type, Callable]:
@@ -548,7 +550,7 @@ class LingBotPolicy(Accelerated, Policy):
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
-        noise = randomness.normal(seeds, self._shape, flow.INITIAL, self.device)
+        noise = self.config.start_noise * randomness.normal(seeds, self._shape, flow.INITIAL, self.device)
         walk, _ = self._run(inputs, noise, flow.euler(self.config.denoising_steps), None)
         return self.config.joints.actions_out(walk.chain[:, -1])
 

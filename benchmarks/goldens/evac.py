@@ -208,14 +208,14 @@ def geometry(golden: Golden) -> Iterable[Check]:
     yield near("agibot.ray_d", directions)
     yield near("agibot.ray_o", origins)
     rows = drawn[slice(*agibot["traj_rows"])]
-    maps = [conditioning.trajectory_map(row, intrinsic, given["c2w"], size, "agibot") for row in rows]
-    yield Check("agibot.traj_map", np.stack(maps), golden.tensors["out.agibot.traj_map"])
+    maps = conditioning.trajectory_maps(rows, intrinsic, given["c2w"], size, "agibot")
+    yield Check("agibot.traj_map", maps.numpy(), golden.tensors["out.agibot.traj_map"])
 
     size = (libero["height"], libero["width"])
     poses = given["libero_pose"]
     yield near("rlinf.delta", conditioning.normalised(conditioning.action_rows(poses[libero["n_previous"] - 1 :])))
-    maps = [conditioning.trajectory_map(poses[i], given["libero_intrinsic"], given["libero_c2w"], size, "libero") for i in libero["traj_rows"]]
-    yield Check("rlinf.traj_map", np.stack(maps), golden.tensors["out.rlinf.traj_map"])
+    maps = conditioning.trajectory_maps(poses[libero["traj_rows"]], given["libero_intrinsic"], given["libero_c2w"], size, "libero")
+    yield Check("rlinf.traj_map", maps.numpy(), golden.tensors["out.rlinf.traj_map"])
 
 
 def world_config(meta: dict) -> WorldModelConfig:

@@ -71,6 +71,28 @@ def test_a_tiny_model_is_trained_reported_and_becomes_an_environment(tmp_path):
     assert json.loads((tmp_path / "run/report.json").read_text()) == found
 
 
+def test_a_dataset_that_grows_keeps_its_held_out_starts(tmp_path):
+    for name, episodes in (("few", 12), ("many", 24)):
+        write(tmp_path / name, episodes)
+    few, many = (read_episodes([str(tmp_path / name)], held_out=0.25, seed=3) for name in ("few", "many"))
+    np.testing.assert_array_equal(few.held_out, many.held_out[: 12 * 12])
+    assert 0 < few.held_out.sum() < 12 * 12
+
+
+def test_training_begins_with_given_weights(tmp_path):
+    write(tmp_path / "data", 1)
+    data = read_episodes([str(tmp_path / "data")], 0.5, 0)
+    fresh = world_model.make_model(Args(seed=1), data, tmp_path)
+    fresh.save_pretrained(str(tmp_path / "model"))
+    again = world_model.make_model(Args(seed=2, init=str(tmp_path / "model")), data, tmp_path)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, fresh.state_dict()[name])
+    with pytest.raises(ValueError, match="differs from the model .* in chunk, image_resampler"):
+        world_model.make_model(Args(init=str(tmp_path / "model"), chunk=4), data, tmp_path)
+    with pytest.raises(ValueError, match="--init is for fresh models"):
+        world_model.make_model(Args(init=str(tmp_path / "model"), model=str(tmp_path / "model")), data, tmp_path)
+
+
 def test_bad_data_is_named(tmp_path):
     import dataclasses
 

@@ -408,14 +408,27 @@ def test_start_state_files_round_trip(tmp_path):
     assert [(s.task, s.trial, s.text) for s in again] == [(s.task, s.trial, s.text) for s in STARTS]
     np.testing.assert_array_equal(again[4].image, STARTS[4].image)
     np.testing.assert_array_equal(again[4].pose, STARTS[4].pose)
+    flat = np.full_like(IMAGE, 120)
+    start_states.write(StartStates([StartState(flat, POSE, "go", task=0, trial=7)]), tmp_path / "small.safetensors", quality=90)
+    np.testing.assert_allclose(start_states.read(tmp_path / "small.safetensors")[0].image, flat, atol=2)
 
 
 def test_a_start_state_file_with_other_keys_is_named(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"frames": np.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(StartStateError, match=r"has the entries frames; a start-state file has images, poses, tasks, trials and metadata\['texts'\]"):
+    with pytest.raises(StartStateError, match=r"has the entries frames; a start-state file has pictures, sizes, poses, tasks, trials and metadata\['texts'\]"):
         start_states.read(tmp_path / "other.safetensors")
+    start_states.write(STARTS, tmp_path / "whole.safetensors")
+    from safetensors.numpy import load_file
+
+    broken = {**load_file(tmp_path / "whole.safetensors"), "sizes": np.array([1] * len(STARTS))}
+    save_file(broken, tmp_path / "broken.safetensors", metadata={"texts": '["a", "b", "c", "d", "e", "f"]'})
+    with pytest.raises(StartStateError, match="do not belong together"):
+        start_states.read(tmp_path / "broken.safetensors")
+    save_file({**broken, "pictures": np.zeros(len(STARTS), np.uint8)}, tmp_path / "broken.safetensors", metadata={"texts": '["a", "b", "c", "d", "e", "f"]'})
+    with pytest.raises(StartStateError, match="a picture that cannot be read"):
+        start_states.read(tmp_path / "broken.safetensors")
     with pytest.raises(StartStateError, match="not a readable start-state file"):
         start_states.read(tmp_path / "missing.safetensors")
     with pytest.raises(StartStateError, match="without a gap"):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from vlahub_envs.evac import conditioning, drawing
 
@@ -46,15 +47,11 @@ def picture(text: str) -> np.ndarray:
 
 
 def line(height: int, width: int, start, end, thickness: int) -> np.ndarray:
-    canvas = np.zeros((height, width), bool)
-    drawing.draw_line(canvas, start, end, thickness, True)
-    return canvas
+    return drawing.lines((height, width), torch.tensor([start]), torch.tensor([end]), thickness)[0].numpy()
 
 
 def disc(size: int, x: int, y: int, radius: int) -> np.ndarray:
-    canvas = np.zeros((size, size), bool)
-    drawing.draw_disc(canvas, x, y, radius, True)
-    return canvas
+    return drawing.discs((size, size), torch.tensor([[x, y]]), radius)[0].numpy()
 
 
 def test_lines_and_discs_have_opencv4s_pixels():
@@ -144,17 +141,17 @@ def test_rays_start_at_the_camera_and_pass_through_the_pixels():
 
 def test_maps_show_position_orientation_and_gripper():
     arm = pose((1.0, 0.0, 0.0), gripper=1.0)
-    drawn = conditioning.trajectory_map(np.tile(arm, 2), K, np.eye(4), (48, 64), "libero")
+    drawn = conditioning.trajectory_maps(np.tile(arm, (1, 2)), K, np.eye(4), (48, 64), "libero")[0].numpy()
     assert drawn.shape == (48, 64, 3)
     np.testing.assert_array_equal(drawn[23, 31], conditioning.AXIS_COLOURS[1][2])  # z is drawn last
     assert (drawn == conditioning.REDS[255]).all(-1).any()  # a closed gripper has the palette's last colour, and covers the left arm's disc
-    outside = conditioning.trajectory_map(np.tile(pose((1.0, 5.0, 0.0)), 2), K, np.eye(4), (48, 64), "libero")
+    outside = conditioning.trajectory_maps(np.tile(pose((1.0, 5.0, 0.0)), (1, 2)), K, np.eye(4), (48, 64), "libero")[0].numpy()
     assert (outside == conditioning.BACKGROUND).all()
 
 
 def test_the_two_arms_of_an_agibot_are_drawn_apart():
     left, right = pose((-0.2, 0, 1.0 - 0.23), gripper=0), pose((0.2, 0, 1.0 - 0.23), gripper=120)
-    drawn = conditioning.trajectory_map(np.concatenate([left, right]), K, np.eye(4), (160, 240), "agibot")
+    drawn = conditioning.trajectory_maps(np.concatenate([left, right])[None], K, np.eye(4), (160, 240), "agibot")[0].numpy()
     assert (drawn == conditioning.GREENS[0]).all(-1).any() and (drawn == conditioning.REDS[255]).all(-1).any()
 
 

@@ -12,7 +12,7 @@ from vlahub_envs.evac.acceleration import Inputs, denoise, lay_out, size_for
 from vlahub_envs.evac.clip import clip_pixels
 from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
-from vlahub_envs.evac.unet import GroupNorm
+from vlahub_envs.evac.unet import GroupNorm, attend, attend_packed
 
 MEMORY = CONFIG.memory
 
@@ -252,3 +252,9 @@ def test_the_layout_of_the_weights_changes_nothing():
     assert model.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
     for a, b in zip((model.network(made, MEMORY)(x, 500), model.decode(x)), wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [16, 12, 7, 1])
+def test_rows_that_share_a_tile_do_not_see_each_other(rows):
+    q, k, v = (torch.randn(rows, 12, 3, 16, generator=torch.Generator().manual_seed(i)).transpose(1, 2) for i in range(3))
+    torch.testing.assert_close(attend_packed(q, k, v), attend(q, k, v))

@@ -87,6 +87,16 @@ def test_the_robot_starts_at_home_and_the_camera_is_the_cells(env):
     )
 
 
+def test_of_the_robots_parts_only_the_fingers_touch_each_other(env):
+    env.reset(seed=0)
+    env.step_chunk(np.tile(STAY * [1, 1, 1, 1, 1, 1, -1], (3, 1)))  # closes on nothing
+    cell = env.simulation.cell
+    links = {link.name for link in cell.agent.robot.links}
+    pairs = {frozenset(body.entity.name for body in contact.bodies) for contact in cell.scene.get_contacts()}
+    assert {pair for pair in pairs if pair <= links} == {frozenset({"panda_leftfinger", "panda_rightfinger"})}
+    assert env.simulation.cell.state()[0, 6] == pytest.approx(0, abs=2e-3)  # they stop where they meet
+
+
 def test_an_episode_repeats_itself_bit_for_bit_whatever_was_before(env):
     actions = np.random.default_rng(0).uniform(-0.05, 0.05, (8, 7)).astype(np.float32)
     env.reset(seed=11)

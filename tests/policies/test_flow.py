@@ -86,13 +86,15 @@ def test_the_last_step_alone_explores():
 
 
 @pytest.mark.parametrize("method", ["flow_sde", "flow_cps", "flow_noise"])
-@pytest.mark.parametrize("joint, step, correlation", [(False, "drawn", 0.0), (True, "drawn", 0.0), (False, "last", 0.9), (True, "drawn", 0.9)])
-def test_score_repeats_explore(method, joint, step, correlation):
+@pytest.mark.parametrize(
+    "joint, step, correlation, start", [(False, "drawn", 0.0, 1.0), (True, "drawn", 0.0, 0.5), (False, "last", 0.9, 0.0), (True, "drawn", 0.9, 0.0)]
+)
+def test_score_repeats_explore(method, joint, step, correlation, start):
     def denoise(x, t):
         point = network(x, t)
         return point if method == "flow_noise" else flow.Denoised(point.velocity, None, point.value)
 
-    how = flow.Exploration(method, 4, 0.5, joint, step, correlation)
+    how = flow.Exploration(method, 4, 0.5, joint, step, correlation, start)
     actions, log_prob, value, trace = flow.explore(partial(flow.walk, denoise), (3, 2), ROWS, how, "cpu")
     again, entropy, value_again = flow.score(denoise, trace, how)
     torch.testing.assert_close(again, log_prob, atol=1e-5, rtol=0)
@@ -115,7 +117,18 @@ def test_one_drawn_step_is_the_only_stochastic_one():
     assert {int(flow.explore(partial(flow.walk, network), (1, 1), torch.tensor([[seed, 0]]), last, "cpu")[3]["step"]) for seed in range(20)} == {0}
 
 
+def test_the_noise_that_denoising_starts_from_is_scaled():
+    def starts(scale):
+        how = flow.Exploration("flow_sde", steps=4, joint=True, start_noise=scale)
+        return flow.explore(partial(flow.walk, network), (3, 2), ROWS, how, "cpu")[3]["chain"][:, 0]
+
+    torch.testing.assert_close(starts(0.5), 0.5 * starts(1.0))
+    assert starts(1.0).std() > 0.5 and (starts(0.0) == 0).all()
+
+
 def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="start_noise must be from 0 to 1, not 1.5"):
+        flow.Exploration(start_noise=1.5)
     with pytest.raises(ValueError, match="flow_sde"):
         flow.Exploration("sde")
     with pytest.raises(ValueError, match="noise_step must be"):

@@ -83,6 +83,17 @@ def test_an_action_depends_on_its_seeds_and_not_on_its_batch(policy):
     assert not np.allclose(together, policy.act(observation, seeds=(SEEDS + 1).tolist()), atol=1e-3)
 
 
+def test_without_start_noise_there_is_one_chunk_per_observation_and_it_is_smoother():
+    policy, observation = tiny(), looks()
+    shaken = policy.act(observation, seeds=[(0, 0), (1, 0), (2, 0)])
+    policy.config = replace(policy.config, start_noise=0.0)
+    smooth = policy.act(observation, seeds=[(0, 0), (1, 0), (2, 0)])
+    assert (policy.act(observation, seeds=[(5, 0), (6, 0), (7, 0)]) == smooth).all()
+    assert np.abs(np.diff(smooth, axis=1)).max() < 0.5 * np.abs(np.diff(shaken, axis=1)).max()
+    with pytest.raises(ValueError, match="start_noise"):
+        tiny(start_noise=-1.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"noise_method": "flow_noise", "joint_logprob": True}, {"noise_method": "flow_cps"}, {"train_expert_only": True}])
 def test_evaluate_repeats_the_sample(options):
     policy = tiny(value_head=True, **options)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 
 from vlahub_envs.evac import drawing
 
@@ -191,41 +192,49 @@ GREENS = _colours("f7fcf5 e5f5e0 c7e9c0 a1d99b 74c476 41ab5d 238b45 006d2c 00441
 REDS = _colours("fff5f0 fee0d2 fcbba1 fc9272 fb6a4a ef3b2c cb181d a50f15 67000d")
 
 
-def colour_of(table: np.ndarray, value: float) -> np.ndarray:
-    """The colour of a value in [0, 1]; beyond, the first or the last."""
-    return table[int(np.clip(256 * value, 0, 255))]
+def colour_of(table: np.ndarray, value: np.ndarray | float) -> np.ndarray:
+    """The colours of values in [0, 1]; beyond, the first or the last."""
+    return table[np.clip(256 * np.asarray(value), 0, 255).astype(np.int64)]
 
 
-def trajectory_map(
-    pose: np.ndarray,
+def trajectory_maps(
+    poses: np.ndarray,
     intrinsic: np.ndarray,
     to_world: np.ndarray,
     size: tuple[int, int],
     variant: Variant,
     radius: int = RADIUS,
     thickness: int = THICKNESS,
-) -> np.ndarray:
-    """One pose row [16] -> a picture [height, width, 3] uint8 of `size` (height, width): at each end-effector a disc, whose colour is the gripper, and the three
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Pose rows [n, 16] -> pictures [n, height, width, 3] uint8 of `size` (height, width): at each end-effector a disc, whose colour is the gripper, and the three
     axes of its tool.
 
     "agibot" draws both arms at the tool's tip. "libero" draws at the pose itself, and its two arms stand at the left pose: the right one covers the left, and
     only it is drawn. Arms whose point lies outside the picture are left out.
     """
-    both = arms(pose)
-    turn = rotation_matrix(both[:, 3:7])  # [2, 3, 3]: columns are the tool's axes
+    both = arms(poses)
+    turn = rotation_matrix(both[..., 3:7])  # [n, 2, 3, 3]: columns are the tool's axes
     if variant == "agibot":
-        base, grippers, drawn = both[:, :3] + TOOL_LENGTH * turn[:, :, 2], both[:, 7] / GRIPPER_RANGE, (0, 1)
+        base, grippers, drawn = both[..., :3] + TOOL_LENGTH * turn[..., 2], both[..., 7] / GRIPPER_RANGE, (0, 1)
     else:
-        base, grippers, drawn = both[[0, 0], :3], np.clip(both[:, 7], -1, 1) / 2 + 0.5, (1,)
-        turn = turn[[0, 0]]
-    points = np.concatenate([base[:, None], base[:, None] + AXIS * turn.transpose(0, 2, 1)], axis=1)  # [2, 4, 3]
-    pixels = project(points, intrinsic, np.asarray(to_world, np.float64), size, variant).tolist()
+        base, grippers, drawn = both[:, [0, 0], :3], np.clip(both[..., 7], -1, 1) / 2 + 0.5, (1,)
+        turn = turn[:, [0, 0]]
+    points = np.concatenate([base[:, :, None], base[:, :, None] + AXIS * turn.swapaxes(2, 3)], axis=2)  # [n, 2, 4, 3]
+    pixels = torch.from_numpy(project(points, intrinsic, np.asarray(to_world, np.float64), size, variant)).to(device)  # [n, 2, 4, 2]
     height, width = size
-    drawn = [arm for arm in drawn if 0 <= pixels[arm][0][0] < width and 0 <= pixels[arm][0][1] < height]
-    canvas = np.full((height, width, 3), BACKGROUND, np.uint8)
+    inside = ((pixels[:, :, 0] >= 0) & (pixels[:, :, 0] < torch.tensor([width, height], device=device))).all(-1)  # [n, 2]
+    canvas = torch.full((len(both), height, width, 3), BACKGROUND, dtype=torch.uint8, device=device)
+
+    def paint(mask: torch.Tensor, colour: np.ndarray | tuple[int, ...]) -> None:  # colours [n, 3], or one of all
+        nonlocal canvas
+        canvas = torch.where(mask[..., None], torch.as_tensor(np.asarray(colour, np.uint8), device=device).view(-1, 1, 1, 3), canvas)
+
     for arm in drawn:
-        drawing.draw_disc(canvas, *pixels[arm][0], radius, colour_of((GREENS, REDS)[arm], grippers[arm]))
+        here = inside[:, arm, None, None]
+        paint(drawing.discs(size, pixels[:, arm, 0], radius) & here, colour_of((GREENS, REDS)[arm], grippers[:, arm]))
     for arm in drawn:
-        for end, colour in zip(pixels[arm][1:], AXIS_COLOURS[arm], strict=True):
-            drawing.draw_line(canvas, tuple(pixels[arm][0]), tuple(end), thickness, colour)
+        here, start = inside[:, arm, None, None], pixels[:, arm, 0]
+        for axis, colour in enumerate(AXIS_COLOURS[arm], 1):
+            paint(drawing.lines(size, start, pixels[:, arm, axis], thickness) & here, colour)
     return canvas

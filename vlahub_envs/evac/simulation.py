@@ -27,6 +27,7 @@ from vlahub_envs.evac.schedule import Solver
 from vlahub_envs.evac.start_states import StartState, StartStates
 
 KEPT_STARTS = 256  # start states of a simulator that are remembered
+MAPS = 256  # trajectory maps that are drawn at once; more would only take memory
 FINGER = 0.04  # m, position of each finger of LIBERO's gripper when fully open
 OPTIONS = {
     "task": "number of the task",
@@ -103,11 +104,12 @@ def starts_of(simulation: Simulation, config: WorldModelConfig, trials: int, see
     return StartStates([start_of(simulation, config, seed, {"task": task, "trial": trial}) for task in range(simulation.tasks) for trial in range(trials)])
 
 
-def draw_maps(poses: np.ndarray, config: WorldModelConfig) -> np.ndarray:
+def draw_maps(poses: np.ndarray, config: WorldModelConfig, device: torch.device | str = "cpu") -> torch.Tensor:
     """Poses [n, 8] -> trajectory maps [n, H, W, 3] uint8 in the model's own camera. The one arm stands in both halves of a pose row."""
     to_world = conditioning.pose_matrix(config.camera_position, config.camera_quaternion_wxyz)
     camera = np.array(config.intrinsic), to_world, (config.height, config.width), config.variant, config.map_radius, config.map_thickness
-    return np.stack([conditioning.trajectory_map(np.concatenate([pose, pose]), *camera) for pose in poses])
+    doubled = np.concatenate([poses, poses], axis=-1)
+    return torch.cat([conditioning.trajectory_maps(part, *camera, device=device) for part in np.array_split(doubled, -(-len(doubled) // MAPS))])
 
 
 class SimulatedStarts:
@@ -224,10 +226,10 @@ class Imagination:
         reached, of_rows, of_frames = self.poses(worlds, actions)
         doubled = np.concatenate([of_rows, of_rows], axis=-1)  # [k, c + 1, 16]: the one arm stands in both halves
         rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(doubled)))
-        maps = np.stack([draw_maps(of_world, config) for of_world in of_frames])
+        maps = draw_maps(of_frames.reshape(-1, of_frames.shape[-1]), config, model.device).unflatten(0, of_frames.shape[:2])
         memory = torch.stack([world.latents[:, memory_rows(world.latents.shape[1], config.memory)] for world in worlds])  # [k, 4, m, h, w]
         tokens = torch.stack([self.tokens(world) for world in worlds])
-        conditions = model.conditions(memory, torch.from_numpy(maps), rows, tokens, self.rays)
+        conditions = model.conditions(memory, maps, rows, tokens, self.rays)
         noise, step_noise = self.noise(worlds)
         latents = model.imagine(conditions, self.steps, noise, step_noise)  # [k, 4, c, h, w]
         if not latents.isfinite().all():

@@ -49,9 +49,7 @@ def imagine_trajectory(
         raise ValueError(f"frame is {frame.dtype} {list(frame.shape)}, expected float32 {[*size, 3]} in [-1, 1]; see start_states.resized")
     rows = torch.from_numpy(conditioning.normalised(conditioning.action_rows(poses[m - 1 :])))  # [chunks * c, 14]
     drawn = conditioning.tilted(poses) if config.variant == "agibot" else poses
-    maps = np.stack(
-        [conditioning.trajectory_map(pose, intrinsic, to_world, size, config.variant, config.map_radius, config.map_thickness) for pose in drawn[m:]]
-    )
+    maps = conditioning.trajectory_maps(drawn[m:], intrinsic, to_world, size, config.variant, config.map_radius, config.map_thickness)
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].to(model.device)
     tokens, rays = model.image_tokens(pixels), model.camera_rays(intrinsic, to_world)
     history = model.encode(pixels)[:, :, None].expand(-1, -1, m, -1, -1)  # [1, 4, frames so far, h, w]
@@ -61,10 +59,10 @@ def imagine_trajectory(
         memory = history[:, :, memory_rows(history.shape[2], m)]
         if strict_upstream_quirks and k == 1:
             tokens = model.decoded_image_tokens(history[:, :, 0])
-        conditions = model.conditions(memory, torch.from_numpy(maps[k * c : (k + 1) * c])[None], rows[None, late], tokens, rays)
+        conditions = model.conditions(memory, maps[None, k * c : (k + 1) * c], rows[None, late], tokens, rays)
         latents = model.imagine(conditions, steps, *noise(k), guidance=guidance)
         history = torch.cat([history, latents], dim=2)
         video.append(to_uint8(model.decode(latents)[0]).permute(0, 2, 3, 1).cpu().numpy())
         if watch:
             watch(k, rows[None, late], conditions, latents)
-    return np.concatenate(video), maps
+    return np.concatenate(video), maps.numpy()

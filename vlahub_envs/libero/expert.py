@@ -7,7 +7,8 @@ So a policy that imitates it sees smooth motions that depend on the state and li
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 
 import mujoco
 import numpy as np
@@ -26,12 +27,17 @@ AHEAD = 0.05  # m
 LOW = 0.035  # m above the lowest point of what is carried, up to which even what is left behind could catch it
 LIFT = 0.04  # m of missing height at which nothing moves to the side any more
 HAND = (0.05, 0.11)  # m from the grip site up to the hand's body, and how far that reaches to the sides
+GRIP = 5  # steps until the gripper's command, which moves by 0.25 per step, has come from open to closing
 REST = 0.0006  # m: fingers that move less than this in a step have stopped
-SLIPPED = 0.02  # m that an object may move in the grip
 REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
+OVERSHOOT = 0.006  # m that a hand arrives too far; at a drawer's front a finger would be caught, and not close
+SLIDE = 0.02  # m that a sliding hand is ahead of itself; a faster one rides up the rim that it pushes
+LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
+FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
+TIPPED = 0.1  # rad that an object may tip while the hand comes
 FLAT = 0.03  # m: what is lower and cannot be grasped is slid
 DOWN = np.array([0.0, 0.0, -1.0])
 
@@ -90,7 +96,7 @@ class ScriptedExpert:
     def _put(self, name: str, place: str) -> Iterator[np.ndarray]:
         """On or in another object or a region of one. A drawer is opened first."""
         drawer = self._drawer(place)
-        if drawer is not None and not self.env._eval_predicate(["open", place]):
+        while drawer is not None and not self.env._eval_predicate(["open", place]):
             yield from self._open(place)
         offset = self._free_spot(name, place)
         yield from self._bring(name, lambda: self._place(place) + offset)
@@ -98,18 +104,38 @@ class ScriptedExpert:
     def _bring(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """An object's origin to a point, which may move."""
         body = self.env.obj_body_id[name]
-        carry = goal() - self.data.xpos[body]
-        for orientations in (self._from_above(body), self._tilted(self._from_above(body))):
-            grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation))
-            if grasp is not None:
+        slipped: list[np.ndarray] = []  # points of the object at which it was held and lost
+        while True:
+            position, rotation = self._frame(body)
+            grasp = self._grasp(name, goal, [position + rotation @ point for point in slipped])
+            if grasp is None and not slipped:
                 break
-        if grasp is not None:
-            yield from self._take(grasp, body)
-            yield from self._carry(name, goal)
-        elif np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) < FLAT:
-            yield from self._drag(name, goal)
-        else:
+            if grasp is None:
+                slipped.clear()
+            elif (yield from self._take(grasp, body)):
+                if (yield from self._carry(name, goal)):
+                    return
+                slipped.append(rotation.T @ (grasp.position - position))
+        if np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) >= FLAT:
             raise Unreachable(f"the arm can grasp {name} nowhere")
+        yield from self._drag(name, goal)
+
+    def _grasp(self, name: str, goal: Callable[[], np.ndarray], avoid: list[np.ndarray]) -> Grasp | None:
+        """How to take an object that is to be brought to a point: deep from above, else deep with a hand that leans, else less and less deep."""
+        body = self.env.obj_body_id[name]
+        carry = goal() - self.data.xpos[body]
+        low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+        firm = min(FIRM[0], FIRM[1] * (high - low))
+        above = self._from_above(body)
+        for most, least in itertools.pairwise((np.inf, firm, firm / 2, 0.0)):
+            depths = [depth for depth in grasps.DEPTHS if least <= depth < most]
+            for orientations in (above, self._tilted(above)):
+                grasp = grasps.find(
+                    self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), depths, avoid
+                )
+                if grasp is not None:
+                    return grasp
+        return None
 
     def _open(self, place: str) -> Iterator[np.ndarray]:
         joint = self._drawer(place)
@@ -150,24 +176,29 @@ class ScriptedExpert:
                 orientations.append((rotation, float((Rotation.from_matrix(rotation) * START.inv()).magnitude())))
         return orientations
 
-    def _take(self, grasp: Grasp, body: int) -> Iterator[np.ndarray]:
-        """Go to the grasp, which moves with the body, and close the gripper."""
+    def _take(self, grasp: Grasp, body: int) -> Generator[np.ndarray, None, bool]:
+        """Go to the grasp, which moves with the body, and close the gripper. -> False if the body tips on the way, so that another grasp is needed."""
         position, rotation = self._frame(body)
         local = rotation.T @ (grasp.position - position), rotation.T @ grasp.rotation
+        upright = rotation.T @ DOWN
 
         def target() -> Pose:
             position, rotation = self._frame(body)
             return position + rotation @ local[0], rotation @ local[1]
 
         self.grip = OPEN
-        yield from self._approach(target)
+        for action in self._approach(target):
+            if np.linalg.norm(self._frame(body)[1].T @ DOWN - upright) > TIPPED:
+                return False
+            yield action
         held = self._hand()
         self.grip = CLOSED
         for step in range(PATIENCE):
             before = self.data.qpos[self.scene.fingers].copy()
             yield self._towards(*held)
-            if step > 2 and np.abs(self.data.qpos[self.scene.fingers] - before).max() < REST:
-                return
+            if step > GRIP and np.abs(self.data.qpos[self.scene.fingers] - before).max() < REST:
+                break
+        return True
 
     def _approach(self, target: Callable[[], Pose]) -> Iterator[np.ndarray]:
         """To a pose from behind it, along the hand's own axis; from above also over what stands in the way."""
@@ -187,21 +218,24 @@ class ScriptedExpert:
             position = position - out * min(back, STEEP * max(0.0, aside - 0.004) + 0.15 * max(0.0, angle - ARRIVED[1]))
             yield self._towards(position, rotation)
 
-    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
-        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go."""
+    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Generator[np.ndarray, None, bool]:
+        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go.
+
+        -> False if it slips away."""
         body = self.env.obj_body_id[name]
         own = set(self.bodies[name])
         _, rotation = self._hand()
         lowest = np.inf
         stalled = 0
-        apart = np.linalg.norm(self._hand()[0] - self.data.xpos[body])
+        lost = 0  # steps
         for _ in range(3 * PATIENCE):
             here = self.data.xpos[body].copy()
             there = goal()
             low, _ = Matter(self.scene, self.bodies[name]).extent(-DOWN)
             aside = float(np.linalg.norm((there - here)[:2]))
             hand, _ = self._hand()
-            if abs(np.linalg.norm(hand - here) - apart) > SLIPPED:
+            lost = 0 if self._touches(self.bodies[name]) else lost + 1
+            if lost > LOST:
                 break
             over = self._height_over(here, there, self._radius(name), here[2] - low, hand[2] - here[2], own)
             over = max(min(over, self._ceiling(hand, there - here) - hand[2] + here[2]), there[2])
@@ -216,6 +250,7 @@ class ScriptedExpert:
                     break
             yield self._towards(hand + shift, rotation)
         yield from self._let_go()
+        return lost <= LOST
 
     def _let_go(self) -> Iterator[np.ndarray]:
         """Open the gripper and go back a little."""
@@ -229,21 +264,30 @@ class ScriptedExpert:
     def _drag(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """Slide something that is too flat to be grasped: closed fingers in its middle push its rim from within."""
         body = self.env.obj_body_id[name]
-        rotation = START.as_matrix()
 
-        def target() -> Pose:
+        def place() -> np.ndarray:
             middle = self.data.xpos[body].copy()
             surface = Matter(self.scene, self.bodies[name]).along(middle, -DOWN)[-1][1]
-            return middle - (surface + TIP + 0.002) * DOWN, rotation
+            return middle - (surface + TIP + 0.002) * DOWN
+
+        # a little higher, because the open fingers with which it is tried would touch the rim
+        free = (rotation for rotation, _ in sorted(self._from_above(body), key=lambda o: o[1]) if self.arm.reaches(place() - 0.02 * DOWN, rotation, 0.01))
+        rotation = next(free, None)
+        if rotation is None:
+            raise Unreachable(f"the arm can neither grasp nor slide {name}")
+
+        def target() -> Pose:
+            return place(), rotation
 
         self.grip = CLOSED
         yield from self._approach(target)
         for _ in range(2 * PATIENCE):
             left = (goal() - self.data.xpos[body])[:2]
-            if np.linalg.norm(left) < 0.005:
-                break
             hand = self._hand()[0]
-            yield self._towards(np.append(hand[:2] + left, target()[0][2]), rotation)
+            if np.linalg.norm(left) < 0.005 or np.linalg.norm((hand - self.data.xpos[body])[:2]) > self._radius(name):
+                break
+            push = left * min(1.0, SLIDE / float(np.linalg.norm(left)))
+            yield self._towards(np.append(hand[:2] + push, target()[0][2]), rotation)
         for _ in range(8):
             yield self._towards(self._hand()[0] - 0.1 * DOWN, rotation)
 
@@ -265,16 +309,25 @@ class ScriptedExpert:
         grasp = grasps.find(self.arm, np.array([body]), self.data.xipos[body], orientations, led)
         if grasp is None:
             raise Unreachable(f"the arm can grasp {self.model.body(body).name} nowhere")
+        if slides:
+            grasp = replace(grasp, position=grasp.position - min(OVERSHOOT, grasp.depth / 2) * grasp.rotation[:, 2])
         yield from self._take(grasp, body)
+        lost = 0
         for _ in range(2 * PATIENCE):
             left = goal - self.data.qpos[self.model.jnt_qposadr[joint]]
-            if abs(left) < 0.003:
+            lost = 0 if self._touches(np.array([body])) else lost + 1
+            if abs(left) < 0.003 or lost > LOST:
                 break
             position, rotation = self._hand()
             yield self._towards(*led(position, grasp.rotation if slides else rotation, left if slides else np.clip(left, -0.4, 0.4)))
         yield from self._let_go()
 
     # -------------------------------------------------------------------------------------------- geometry and control
+
+    def _touches(self, bodies: np.ndarray) -> bool:
+        """Does the hand touch one of them?"""
+        pairs = self.model.geom_bodyid[self.data.contact.geom]  # [contacts, 2]
+        return bool((self.arm.own[pairs] & np.isin(pairs[:, ::-1], bodies)).any())
 
     def _place(self, place: str) -> np.ndarray:
         """Where an object's origin is to be."""

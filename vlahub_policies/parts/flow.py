@@ -14,6 +14,9 @@ every method below sets the mean of the next point to w0 x0 + w1 x1 and adds noi
 The noise of a step may be correlated along the chunk (`correlation`): white noise on every action makes a path shake, which a controller follows slowly or not at all, while
 a shift of neighbouring actions together is another way of doing the task. The density stays exact; see `normal_log_prob`.
 
+What a small network leaves of the noise that it starts from shakes the path as well. `start_noise` scales it; at 0 denoising starts from the noise's mean, which is one
+smooth chunk per observation.
+
 Substituting x0 and x1, a step is `x' = keep x + move v + spread noise` with numbers that are known in advance. `Schedule` holds them, so one loop runs them all.
 """
 
@@ -213,6 +216,7 @@ class Exploration:
     joint: bool = False  # every step stochastic, log-probabilities averaged; else one step per row, scored alone:
     step: str = "drawn"  # ... drawn per row, or the "last" that adds noise. Noise of earlier steps is mostly denoised away, and with it what can be learnt
     correlation: float = 0.0  # of the noise of neighbouring actions of a chunk
+    start_noise: float = 1.0  # scale of the noise that denoising starts from
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -221,6 +225,8 @@ class Exploration:
             raise ValueError(f"noise_step must be 'drawn' or 'last', not {self.step!r}")
         if not 0 <= self.correlation < 1:
             raise ValueError(f"noise_correlation must be at least 0 and below 1, not {self.correlation}")
+        if not 0 <= self.start_noise <= 1:
+            raise ValueError(f"start_noise must be from 0 to 1, not {self.start_noise}")
         if self.steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {self.steps}")
 
@@ -238,12 +244,12 @@ def explore(
     """
     if how.method == "ode":
         raise ValueError("noise_method 'ode' is deterministic and has no log-probability; explore with flow_sde, flow_cps or flow_noise, or call predict")
-    start = randomness.normal(seeds, shape, INITIAL, device)
+    start = how.start_noise * randomness.normal(seeds, shape, INITIAL, device)
     if how.joint:
         noise = correlate(randomness.normal(seeds, (how.steps, *shape), STEPS, device), how.correlation)
         taken = run(start, schedule(how.method, how.steps, how.noise_level).to(device), noise)
         terms = normal_log_prob(taken.chain[:, 1:], taken.mean, taken.spread, how.correlation)
-        first = normal_log_prob(start, torch.zeros_like(start), torch.ones_like(start))
+        first = normal_log_prob(start, torch.zeros_like(start), torch.full_like(start, how.start_noise))
         log_prob = torch.cat([first[:, None], terms], 1).mean(1)
         value = None if taken.value is None else taken.value.mean(1, keepdim=True)
         return taken.chain[:, -1], log_prob, value, {"chain": taken.chain}
@@ -279,8 +285,8 @@ def score(denoise: Denoise, trace: dict[str, torch.Tensor], how: Exploration) ->
 
     if not how.joint:
         return transition(chain[:, 0], chain[:, 1], trace["step"])
-    start, ones = chain[:, 0], torch.ones_like(chain[:, 0])
-    terms = [(normal_log_prob(start, torch.zeros_like(start), ones), normal_entropy(ones) * (how.method == "flow_noise"), None)]
+    start, spread = chain[:, 0], torch.full_like(chain[:, 0], how.start_noise)
+    terms = [(normal_log_prob(start, torch.zeros_like(start), spread), normal_entropy(spread) * (how.method == "flow_noise"), None)]
     terms += [transition(chain[:, i], chain[:, i + 1], torch.full((len(chain),), i, device=device)) for i in range(how.steps)]
     log_prob, entropy = (torch.stack([term[part] for term in terms], 1).mean(1) for part in (0, 1))
     value = None if terms[1][2] is None else torch.cat([term[2] for term in terms[1:]], 1).mean(1, keepdim=True)

@@ -779,8 +779,7 @@ def per_env(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 def collate(infos: Mapping[int, Mapping[str, Any]], count: int) -> dict[str, Any]:
     """Infos of single envs -> Gymnasium's form for vectors: per key an array over the envs, and under `_key` the mask of those that have it."""
     batch: dict[str, Any] = {}
-    keys = [info.keys() for info in infos.values()]
-    for key in keys[0] if keys and all(other == keys[0] for other in keys) else dict.fromkeys(key for info in infos.values() for key in info):
+    for key in dict.fromkeys(key for info in infos.values() for key in info):
         values = {row: info[key] for row, info in infos.items() if key in info}
         mask = np.zeros(count, bool)
         mask[list(values)] = True

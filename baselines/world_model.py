@@ -178,6 +178,8 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         data = Dataset(folder)
         if data.interface is None:
             raise DatasetError(f"{folder} does not say what its columns mean (it was not written by vlahub); record it with `vlahub record`")
+        if len(data) < len(data.states):
+            raise DatasetError(f"{folder}: a world model needs a picture of every step; record it without --look-every")
         height, width = data.features[data.columns.main_images]["shape"][:2]
         config = tiny_config(height, width, 8, {})
         wanted = interface_of(config)

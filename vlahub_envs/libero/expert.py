@@ -33,6 +33,7 @@ REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
 OVERSHOOT = 0.006  # m that a hand arrives too far; at a drawer's front a finger would be caught, and not close
+SLIDE = 0.02  # m that a sliding hand is ahead of itself; a faster one rides up the rim that it pushes
 LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
 FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
@@ -102,27 +103,36 @@ class ScriptedExpert:
 
     def _bring(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """An object's origin to a point, which may move."""
+        body = self.env.obj_body_id[name]
+        slipped: list[np.ndarray] = []  # points of the object at which it was held and lost
         while True:
-            grasp = self._grasp(name, goal)
-            if grasp is None:
+            position, rotation = self._frame(body)
+            grasp = self._grasp(name, goal, [position + rotation @ point for point in slipped])
+            if grasp is None and not slipped:
                 break
-            if (yield from self._take(grasp, self.env.obj_body_id[name])):
-                yield from self._carry(name, goal)
-                return
+            if grasp is None:
+                slipped.clear()
+            elif (yield from self._take(grasp, body)):
+                if (yield from self._carry(name, goal)):
+                    return
+                slipped.append(rotation.T @ (grasp.position - position))
         if np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) >= FLAT:
             raise Unreachable(f"the arm can grasp {name} nowhere")
         yield from self._drag(name, goal)
 
-    def _grasp(self, name: str, goal: Callable[[], np.ndarray]) -> Grasp | None:
-        """How to take an object that is to be brought to a point: firmly from above, else firmly with a hand that leans, else by its edge."""
+    def _grasp(self, name: str, goal: Callable[[], np.ndarray], avoid: list[np.ndarray]) -> Grasp | None:
+        """How to take an object that is to be brought to a point: deep from above, else deep with a hand that leans, else less and less deep."""
         body = self.env.obj_body_id[name]
         carry = goal() - self.data.xpos[body]
         low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+        firm = min(FIRM[0], FIRM[1] * (high - low))
         above = self._from_above(body)
-        for firm in (1.0, 0.5, 0.0):
-            least = firm * min(FIRM[0], FIRM[1] * (high - low))
+        for most, least in itertools.pairwise((np.inf, firm, firm / 2, 0.0)):
+            depths = [depth for depth in grasps.DEPTHS if least <= depth < most]
             for orientations in (above, self._tilted(above)):
-                grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), least)
+                grasp = grasps.find(
+                    self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), depths, avoid
+                )
                 if grasp is not None:
                     return grasp
         return None
@@ -208,8 +218,10 @@ class ScriptedExpert:
             position = position - out * min(back, STEEP * max(0.0, aside - 0.004) + 0.15 * max(0.0, angle - ARRIVED[1]))
             yield self._towards(position, rotation)
 
-    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
-        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go."""
+    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Generator[np.ndarray, None, bool]:
+        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go.
+
+        -> False if it slips away."""
         body = self.env.obj_body_id[name]
         own = set(self.bodies[name])
         _, rotation = self._hand()
@@ -238,6 +250,7 @@ class ScriptedExpert:
                     break
             yield self._towards(hand + shift, rotation)
         yield from self._let_go()
+        return lost <= LOST
 
     def _let_go(self) -> Iterator[np.ndarray]:
         """Open the gripper and go back a little."""
@@ -251,21 +264,30 @@ class ScriptedExpert:
     def _drag(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """Slide something that is too flat to be grasped: closed fingers in its middle push its rim from within."""
         body = self.env.obj_body_id[name]
-        rotation = START.as_matrix()
 
-        def target() -> Pose:
+        def place() -> np.ndarray:
             middle = self.data.xpos[body].copy()
             surface = Matter(self.scene, self.bodies[name]).along(middle, -DOWN)[-1][1]
-            return middle - (surface + TIP + 0.002) * DOWN, rotation
+            return middle - (surface + TIP + 0.002) * DOWN
+
+        # a little higher, because the open fingers with which it is tried would touch the rim
+        free = (rotation for rotation, _ in sorted(self._from_above(body), key=lambda o: o[1]) if self.arm.reaches(place() - 0.02 * DOWN, rotation, 0.01))
+        rotation = next(free, None)
+        if rotation is None:
+            raise Unreachable(f"the arm can neither grasp nor slide {name}")
+
+        def target() -> Pose:
+            return place(), rotation
 
         self.grip = CLOSED
         yield from self._approach(target)
         for _ in range(2 * PATIENCE):
             left = (goal() - self.data.xpos[body])[:2]
-            if np.linalg.norm(left) < 0.005:
-                break
             hand = self._hand()[0]
-            yield self._towards(np.append(hand[:2] + left, target()[0][2]), rotation)
+            if np.linalg.norm(left) < 0.005 or np.linalg.norm((hand - self.data.xpos[body])[:2]) > self._radius(name):
+                break
+            push = left * min(1.0, SLIDE / float(np.linalg.norm(left)))
+            yield self._towards(np.append(hand[:2] + push, target()[0][2]), rotation)
         for _ in range(8):
             yield self._towards(self._hand()[0] - 0.1 * DOWN, rotation)
 

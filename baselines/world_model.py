@@ -756,11 +756,11 @@ def main(args: Args) -> None:
 
     def finish() -> None:
         release = folder / "release"
-        write_starts(data, release, args.start_trials)
         stage.model = WorldModel.from_pretrained(str(release), device=ranks.device)  # what is reported is what is released
         figures = report(stage, folder)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2), flush=True)
+        write_starts(data, release, args.start_trials)
         if figures:
             flat = {f"world/{part}_{name}": value for part, values in figures.items() if isinstance(values, dict) for name, value in values.items()}
             tracker.log(args.video_iterations, flat)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from vlahub import distributed, video
-from vlahub.dataset import Dataset, DatasetError
+from vlahub.dataset import Dataset, DatasetError, EpisodeEntry
 from vlahub.distributed import Ranks, print0
 from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
@@ -142,6 +142,8 @@ class Args:
     """side-by-side videos"""
     start_trials: int = 3
     """start states per task that are written beside the model, those of the first trials that were recorded"""
+    snapshot_seconds: float = 60.0
+    """time between snapshots of the video network while it trains, into the run's folder snapshot, as a release is written; 0: none"""
     log_every: int = 200
     """steps between lines of the log"""
 
@@ -188,8 +190,12 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
             if mine != other:
                 raise DatasetError(f"{folder}: a world model needs LIBERO's {what} ({mine}), these episodes have {other}")
         column = data.columns.main_images
-        with ThreadPoolExecutor(cores()) as pool:  # decoding releases Python's lock
-            frames = np.stack(list(pool.map(lambda i, data=data, column=column: data._image(column, i), range(len(data)))))
+
+        def pictures(entry: EpisodeEntry, data: Dataset = data, column: str = column) -> list[np.ndarray]:
+            return [data._image(column, i) for i in range(entry.start, entry.start + entry.length)]
+
+        with ThreadPoolExecutor(cores()) as pool:  # a thread reads whole episodes: neighbouring pictures are read together
+            frames = np.stack([picture for part in pool.map(pictures, data.episodes) for picture in part])
         if parts["frames"] and frames.shape[1:] != parts["frames"][0].shape[1:]:
             raise DatasetError(f"{folder} has frames of {frames.shape[1:3]}, {folders[0]} of {parts['frames'][0].shape[1:3]}; record them at one size")
         poses = np.stack([pose_of(state, config) for state in data.states])
@@ -429,7 +435,7 @@ def clips_of(stage: Stage) -> Clips:
     return Clips(*latents, torch.from_numpy(np.concatenate(rows)).to(device), data, model)
 
 
-def train_video(stage: Stage, clips: Clips) -> None:
+def train_video(stage: Stage, clips: Clips, folder: Path) -> None:
     args, data, model, device = stage.args, stage.data, stage.model, stage.ranks.device
     parts = [model.unet, model.cond_stage_model, model.image_proj_model, *([model.embedder] if args.model == "tiny" else [])]
     starts, batch = data.clips(model.config.chunk, held_out=False), stage.share(args.video_batch, "video_batch")
@@ -455,14 +461,28 @@ def train_video(stage: Stage, clips: Clips) -> None:
         noisy, v = model.schedule.noised(target, torch.randn_like(target), timesteps)
         return F.mse_loss(model.network(made, m)(noisy, timesteps)[:, :, m:].float(), v)
 
+    @torch.no_grad()
+    def exchange() -> None:
+        """The weights for their average, and the other way round."""
+        for parameter, mean in zip(parameters, average, strict=False):
+            now = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(now)
+
+    written = time.perf_counter()
+
     def after(iteration: int) -> None:
+        nonlocal written
         if average:  # it forgets faster at the start, so that it does not remember the fresh weights
             torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - min(args.ema, (1 + iteration) / (10 + iteration)))
+        if stage.ranks.rank == 0 and args.snapshot_seconds and time.perf_counter() - written > args.snapshot_seconds:
+            exchange()
+            model.save_pretrained(str(folder / "snapshot"), dtype=torch.float16)
+            exchange()
+            written = time.perf_counter()
 
     stage.fit("video", parameters, loss_of, after)
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=False):
-            parameter.copy_(mean)
+    exchange()
     if args.compile:
         del model.unet.forward  # the class's own again
     for part in parts:
@@ -742,7 +762,7 @@ def main(args: Args) -> None:
         elif what == "converter":
             train_converter(stage)
         elif what == "video":
-            train_video(stage, clips)
+            train_video(stage, clips, folder)
         else:
             train_classifier(stage, clips)
         done.append(todo.pop(0))
@@ -756,11 +776,11 @@ def main(args: Args) -> None:
 
     def finish() -> None:
         release = folder / "release"
-        write_starts(data, release, args.start_trials)
         stage.model = WorldModel.from_pretrained(str(release), device=ranks.device)  # what is reported is what is released
         figures = report(stage, folder)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2), flush=True)
+        write_starts(data, release, args.start_trials)
         if figures:
             flat = {f"world/{part}_{name}": value for part, values in figures.items() if isinstance(values, dict) for name, value in values.items()}
             tracker.log(args.video_iterations, flat)

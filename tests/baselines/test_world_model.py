@@ -53,13 +53,26 @@ def test_a_tiny_model_is_trained_reported_and_becomes_an_environment(tmp_path):
     write(tmp_path / "data")
     few = {f"{stage}_iterations": 2 for stage in world_model.STAGES} | {f"{stage}_batch": 4 for stage in world_model.STAGES}
     args = Args(
-        dataset=(str(tmp_path / "data"),), out=str(tmp_path), name="run", device="cpu", **few, held_out=0.3, imagined_clips=2, report_chunks=1, videos=1
+        dataset=(str(tmp_path / "data"),),
+        out=str(tmp_path),
+        name="run",
+        device="cpu",
+        **few,
+        held_out=0.3,
+        imagined_clips=2,
+        report_chunks=1,
+        videos=1,
+        snapshot_seconds=1e-9,
     )
     main(args)
     found = json.loads((tmp_path / "run/report.json").read_text())
     assert 0 < found["one_chunk_imagined"]["psnr"] < found["one_chunk_frozen"]["psnr"] + 60 and found["rollout"]["episodes"] == 1
     assert (tmp_path / "run/side_by_side_0.mp4").stat().st_size > 0
     release = tmp_path / "run/release"
+    snapshot, released = (WorldModel.from_pretrained(str(tmp_path / "run" / name)).state_dict() for name in ("snapshot", "release"))
+    for name, tensor in snapshot.items():  # the last one was taken after the last step
+        if name.startswith("model.diffusion_model."):
+            torch.testing.assert_close(tensor, released[name])
     assert (release / "model.safetensors").stat().st_size <= 8e6
     env = EvacVectorEnv(num_envs=2, model=release)
     observation, info = env.reset(seed=0, options={"task": [0, 1]})

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+MOST_ROWS = 32768  # of a call of `attend`: on an H200 cuDNN's backward pass ran with these and failed with 65,536, which 256 clips in training have
 PACKED = 8  # rows of `attend_packed` in a tile: 96 tokens of 12 frames
 
 Context = list[tuple[torch.Tensor, torch.Tensor]]  # per spatial block: keys and values, each [b, heads, tokens, head width]
@@ -39,6 +40,8 @@ class UNetConfig:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[b, heads, queries, d] x [b, heads, keys, d] -> [b, queries, heads*d]"""
+    if len(q) > MOST_ROWS:
+        return torch.cat([attend(*part) for part in zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)])
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

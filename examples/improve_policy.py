@@ -11,6 +11,7 @@ action head. The fault is made for this example, because it is the same in every
 
 import dataclasses
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -52,7 +53,7 @@ def sign_test(gained: int, lost: int) -> float:
 
 def main(
     offset: float = 0.18,
-    iterations: int = 11,
+    iterations: int = 15,
     episodes: int = 40,
     learning_rate: float = 0.05,
     seed: int = 0,
@@ -86,8 +87,9 @@ def main(
     words += ["--policy-options", *(f"{name}={value}" for name, value in GRID.items()), "noise_level=0.2", "noise_step=last", "noise_correlation=0.95"]
     words += ["--seed", str(seed), "--device", "cpu", "--workers", "2", "--eval-every", "0", "--save-every", "0", "--out", str(out), "--name", "run"]
     print("python baselines/grpo.py", *words, flush=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # the simulations need the cores
     began, iteration = time.perf_counter(), 0
-    with subprocess.Popen([sys.executable, str(ROOT / "baselines" / "grpo.py"), *words], stdout=subprocess.PIPE, text=True) as training:
+    with subprocess.Popen([sys.executable, str(ROOT / "baselines" / "grpo.py"), *words], stdout=subprocess.PIPE, text=True, env=one_thread) as training:
         for line in training.stdout:
             if found := re.search(r"^step .* env/success_rate (\S+)", line):
                 iteration += 1

@@ -380,6 +380,14 @@ def test_chosen_episodes_are_recorded(tmp_path):
         run(episodes=6, videos=[6], out=tmp_path)
 
 
+def test_without_av_there_are_no_videos_and_all_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vlahub.video, "available", lambda: False)
+    results = run(episodes=2, videos=1, out=tmp_path, progress=True)
+    assert results.counted == 2 and not results.videos and (tmp_path / "report.html").exists()
+    assert "no videos, because the package av is not installed: pip install av" in capsys.readouterr().out
+    assert "no videos" in results.warnings[0]
+
+
 def test_a_full_disk_costs_the_video_and_not_the_evaluation(tmp_path, monkeypatch, capsys):
     save = video.save
 

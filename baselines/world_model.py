@@ -12,7 +12,7 @@ The data are episodes of any environment with LIBERO's interface: hand pose and 
 belong into them: a model that has seen successes only imagines nothing else. Stages, in this order:
 
  1. autoencoder (fresh models only): L1 loss on frames and trajectory maps with a small KL term; then its latents are brought to mean 0 and variance 1.
- 2. converter: pose and action -> next pose, through chains of `chunk` steps, because that is how it is used.
+ 2. converter: pose, last motion and action -> next pose, through chains of `chunk` steps, because that is how it is used.
  3. video: v-prediction on the chunk's frames. Memory frames get noise ("teacher forcing": the newest the most), because at inference they are the model's own. With
     u uniform and p = condition_dropout, the actions are zeroed for u < 2p, the picture for p <= u < 3p, the map for p/2 <= u < 3p/2, and mask and conditioning
     latent of the chunk for u < p/2, p <= u < 3p/2 and 5p/2 <= u < 7p/2. A fresh model trains its CLIP tower along; a pretrained one keeps it.
@@ -165,6 +165,11 @@ class Episodes:
     episodes: list[range]
     texts: list[str]
     numbers: list[tuple[int, int] | None]  # per episode its task and trial, where the recording tells
+
+    def motion(self) -> np.ndarray:
+        """[F, 8] the last change of each pose; 0 at an episode's start."""
+        before = self.poses[np.maximum(np.arange(len(self.poses)) - 1, self.first)]
+        return self.poses - before
 
     def clips(self, chunk: int, held_out: bool) -> np.ndarray:
         """Frames that `chunk` frames of the same episode follow."""
@@ -376,12 +381,15 @@ def train_converter(stage: Stage) -> None:
     converter.abs_action_mean.copy_(poses[seen].mean(0, keepdim=True))
     converter.abs_action_std.copy_(poses[seen].std(0, keepdim=True).clamp(min=1e-3))  # quaternion entries hardly move in some data
     starts, batch = data.clips(chunk, held_out=False), stage.share(args.converter_batch, "converter_batch")
+    motion = torch.from_numpy(data.motion()).to(device)
+    if converter.motion:
+        converter.motion_std.copy_(motion[seen].std(0, keepdim=True).clamp(min=1e-4))
     steps = torch.arange(chunk, device=device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         at = torch.from_numpy(rng.choice(starts, batch)).to(device)
         with torch.autocast(device.type, enabled=False):  # bfloat16 has no millimetres
-            reached = converter.chain(actions[at[:, None] + steps], poses[at])
+            reached = converter.chain(actions[at[:, None] + steps], poses[at], last=motion[at])
             return F.smooth_l1_loss(reached / converter.abs_action_std, poses[at[:, None] + 1 + steps] / converter.abs_action_std, beta=0.01)
 
     stage.fit("converter", converter.parameters(), loss_of)
@@ -591,7 +599,7 @@ def report(stage: Stage, folder: Path) -> dict:
         return {}
     imagination = Imagination(model)
     imagination.threshold = 1.0  # which no probability passes: worlds are imagined for as long as the real episode ran
-    rng = np.random.default_rng(args.seed + 1)
+    rng, motion = np.random.default_rng(args.seed + 1), data.motion()
     real, made, frozen, coded, probabilities, solved, poses, true_poses = ([] for _ in range(8))
 
     def world_at(episode: int, frame: int):
@@ -600,6 +608,7 @@ def report(stage: Stage, folder: Path) -> dict:
         world = imagination.world()
         start = {"image": data.frames[frames[0]], "pose": data.poses[frame], "text": data.texts[episode]}
         world.reset(int(rng.integers(2**31)), start)
+        world.motion = motion[frame]
         imagination._encode_starts([world])
         if frame > frames[0]:
             lived = encoded(model, data.frames[frames[0] + 1 : frame + 1], device).transpose(0, 1)

@@ -41,11 +41,12 @@ $(STAMP): pyproject.toml constraints.txt tools/no_deps.txt
 	@touch $(STAMP)
 	@echo "installed; activate with: source $(VENV)/bin/activate"
 
-demo: setup ## Evaluate the scripted expert, a small trained VLA and a random policy on RoboTwin-ClickBell; videos and reports in outputs/demo
+demo: setup ## Evaluate the scripted expert, a small trained VLA and a random policy on RoboTwin-ClickBell, then improve a policy by GRPO; all in outputs/demo
 	@for policy in $(DEMO_POLICIES); do \
 		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --max-steps $(MAX_STEPS) --num-envs 2 --seed 0 --videos 1 \
 			--out $(OUT)/$$(basename $$policy) || exit 1; done
 	@for policy in $(DEMO_POLICIES); do echo "report of $$policy: $(abspath $(OUT))/$$(basename $$policy)/report.html"; done
+	@$(BIN)/python examples/improve_policy.py --out $(OUT)/improve
 
 test: setup ## Run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests  # whole files: what a module's tests share, a world or a run, is made once

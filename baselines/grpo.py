@@ -44,6 +44,8 @@ class Args:
     """bundled id, folder or hub repository; "tiny:FAMILY" is a small policy of that family with fresh weights"""
     policy_options: tuple[str, ...] = ()
     """entries of the policy's config to override, as KEY=VALUE (horizon=25 noise_level=0.3)"""
+    train_only: tuple[str, ...] = ()
+    """beginnings of the names of the parameters that train (value_head model.action_out_proj); empty: all that the policy's options leave trainable"""
     env_options: tuple[str, ...] = ()
     """options of the environment, as KEY=VALUE (control_mode=ee_pose)"""
     out: str = "runs"
@@ -325,7 +327,7 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
                 kl = torch.zeros((), device=rows.device)
                 if anchor is not None:
                     kl = (k3(log_prob, reduce_log_prob(anchor[part], batch.valid[part], args.ratio_level)[0]) * entry).sum()
-                distributed.sync_gradients(policy, number == len(parts))
+                run.sync_gradients(policy, number == len(parts))
                 # Gradients are averaged over the ranks, but the weights are those of all ranks already.
                 ((policy_loss + args.kl_coef * kl - args.entropy_coef * entropy_mean) * distributed.world()).backward()
                 with torch.no_grad():

@@ -40,6 +40,8 @@ class Args:
     """bundled id, folder or hub repository; "tiny:FAMILY" is a small policy of that family with fresh weights"""
     policy_options: tuple[str, ...] = ()
     """entries of the policy's config to override, as KEY=VALUE (horizon=25 noise_level=0.3)"""
+    train_only: tuple[str, ...] = ()
+    """beginnings of the names of the parameters that train (value_head model.action_out_proj); empty: all that the policy's options leave trainable"""
     env_options: tuple[str, ...] = ()
     """options of the environment, as KEY=VALUE (control_mode=ee_pose)"""
     out: str = "runs"
@@ -261,7 +263,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, e
                 entropy_mean = (entropy * entry_mask).sum() / counts[0]
                 value_mean = (value_loss * value_mask).sum() / counts[1]
                 actor = 0.0 if warmup else policy_loss - args.entropy_coef * entropy_mean
-                distributed.sync_gradients(policy, number == micro)
+                run.sync_gradients(policy, number == micro)
                 # Gradients are averaged over the ranks, but the sums above are divided by the counts of all ranks already.
                 ((actor + args.value_coef * value_mean) * distributed.world()).backward()
                 with torch.no_grad():

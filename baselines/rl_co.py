@@ -152,7 +152,7 @@ def update(
                 actor = 0.0 if warmup else policy_loss - args.entropy_coef * entropy_mean
                 ppo_loss = actor + args.value_coef * value_mean
                 supervised, last = real is not None and not warmup, number == micro
-                distributed.sync_gradients(policy, last and not supervised)
+                run.sync_gradients(policy, last and not supervised)
                 # Gradients are averaged over the ranks, but the sums above are divided by the counts of all ranks already.
                 (ppo_loss * distributed.world()).backward()
                 sft_loss = torch.zeros((), device=rows.device)
@@ -160,7 +160,7 @@ def update(
                     # a backward pass of its own: the graphs of both losses need not be in memory together
                     with run.autocast():
                         sft_loss = supervised_loss(policy, *real, args)
-                    distributed.sync_gradients(policy, last)
+                    run.sync_gradients(policy, last)
                     (args.sft_loss_weight * sft_loss / micro).backward()
                 with torch.no_grad():
                     log_ratio = (log_prob - old) * entry_mask

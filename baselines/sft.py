@@ -189,7 +189,7 @@ def main(args: Args) -> None:
                     piece = {key: value[start : start + args.micro_batch_size] for key, value in batch.items()}
                     with run.autocast():
                         loss = policy.sft_loss(piece, seeds[start : start + args.micro_batch_size])
-                    distributed.sync_gradients(policy, start == parts[-1])
+                    run.sync_gradients(policy, start == parts[-1])
                     (loss / len(parts)).backward()
                     total += loss.detach() / len(parts)
                 mean = distributed.total(total).item() / ranks.world

@@ -12,7 +12,7 @@ The data are episodes of any environment with LIBERO's interface: hand pose and 
 belong into them: a model that has seen successes only imagines nothing else. Stages, in this order:
 
  1. autoencoder (fresh models only): L1 loss on frames and trajectory maps with a small KL term; then its latents are brought to mean 0 and variance 1.
- 2. converter: pose and action -> next pose, through chains of `chunk` steps, because that is how it is used.
+ 2. converter: pose, last motion and action -> next pose, through chains of `chunk` steps, because that is how it is used.
  3. video: v-prediction on the chunk's frames. Memory frames get noise ("teacher forcing": the newest the most), because at inference they are the model's own. With
     u uniform and p = condition_dropout, the actions are zeroed for u < 2p, the picture for p <= u < 3p, the map for p/2 <= u < 3p/2, and mask and conditioning
     latent of the chunk for u < p/2, p <= u < 3p/2 and 5p/2 <= u < 7p/2. A fresh model trains its CLIP tower along; a pretrained one keeps it.
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from vlahub import distributed, video
-from vlahub.dataset import Dataset, DatasetError
+from vlahub.dataset import Dataset, DatasetError, EpisodeEntry
 from vlahub.distributed import Ranks, print0
 from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
@@ -57,6 +57,8 @@ class Args:
     """folders of LeRobot datasets, recorded by `vlahub record` with --after (8 or so)"""
     model: str = "tiny"
     """"tiny" (fresh weights, under four million), or a world model to fine-tune: folder or hub repository"""
+    init: str = ""
+    """with model "tiny": weights to begin with instead of fresh ones (a bundled id, or the folder model or release of another run); all stages train"""
     suite: str = ""
     """of a repository that holds several world models"""
     out: str = "runs"
@@ -86,7 +88,7 @@ class Args:
     """of a fresh model: frames imagined at a time"""
 
     seconds: float = 0.0
-    """time for all stages together: each ends with its share of it, if that comes before its iterations are done; 0: no limit"""
+    """time from the start of the program to the end of the last stage: each gets its share of what is left, if its iterations are not done before; 0: no limit"""
     autoencoder_iterations: int = 6000
     """optimizer steps of the autoencoder; 0 leaves a stage out"""
     converter_iterations: int = 6000
@@ -139,7 +141,9 @@ class Args:
     videos: int = 4
     """side-by-side videos"""
     start_trials: int = 3
-    """start states per task that are written beside the model"""
+    """start states per task that are written beside the model, those of the first trials that were recorded"""
+    snapshot_seconds: float = 60.0
+    """time between snapshots of the video network while it trains, into the run's folder snapshot, as a release is written; 0: none"""
     log_every: int = 200
     """steps between lines of the log"""
 
@@ -161,7 +165,11 @@ class Episodes:
     episodes: list[range]
     texts: list[str]
     numbers: list[tuple[int, int] | None]  # per episode its task and trial, where the recording tells
-    maps: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))  # [F, H, W, 3] uint8: trajectory maps, drawn once the camera is known
+
+    def motion(self) -> np.ndarray:
+        """[F, 8] the last change of each pose; 0 at an episode's start."""
+        before = self.poses[np.maximum(np.arange(len(self.poses)) - 1, self.first)]
+        return self.poses - before
 
     def clips(self, chunk: int, held_out: bool) -> np.ndarray:
         """Frames that `chunk` frames of the same episode follow."""
@@ -177,6 +185,8 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
         data = Dataset(folder)
         if data.interface is None:
             raise DatasetError(f"{folder} does not say what its columns mean (it was not written by vlahub); record it with `vlahub record`")
+        if len(data) < len(data.states):
+            raise DatasetError(f"{folder}: a world model needs a picture of every step; record it without --look-every")
         height, width = data.features[data.columns.main_images]["shape"][:2]
         config = tiny_config(height, width, 8, {})
         wanted = interface_of(config)
@@ -185,8 +195,12 @@ def read_episodes(folders: Sequence[str], held_out: float, seed: int) -> Episode
             if mine != other:
                 raise DatasetError(f"{folder}: a world model needs LIBERO's {what} ({mine}), these episodes have {other}")
         column = data.columns.main_images
-        with ThreadPoolExecutor(cores()) as pool:  # decoding releases Python's lock
-            frames = np.stack(list(pool.map(lambda i, data=data, column=column: data._image(column, i), range(len(data)))))
+
+        def pictures(entry: EpisodeEntry, data: Dataset = data, column: str = column) -> list[np.ndarray]:
+            return [data._image(column, i) for i in range(entry.start, entry.start + entry.length)]
+
+        with ThreadPoolExecutor(cores()) as pool:  # a thread reads whole episodes: neighbouring pictures are read together
+            frames = np.stack([picture for part in pool.map(pictures, data.episodes) for picture in part])
         if parts["frames"] and frames.shape[1:] != parts["frames"][0].shape[1:]:
             raise DatasetError(f"{folder} has frames of {frames.shape[1:3]}, {folders[0]} of {parts['frames'][0].shape[1:3]}; record them at one size")
         poses = np.stack([pose_of(state, config) for state in data.states])
@@ -229,9 +243,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:
+def pixels(frames: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """[..., H, W, 3] uint8 -> [..., 3, H, W] in [-1, 1]"""
-    return torch.from_numpy(frames).to(device).movedim(-1, -3).float() / 127.5 - 1
+    return torch.as_tensor(frames).to(device).movedim(-1, -3).float() / 127.5 - 1
+
+
+def kept(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """All pictures of the data, on the GPU if they take a quarter of its free memory at most: otherwise every batch travels."""
+    fit = device.type != "cuda" or pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+    return pictures.to(device) if fit else pictures
 
 
 # ------------------------------------------------------------------------------------------------ the loop that all stages share
@@ -246,6 +266,14 @@ class Stage:
     tracker: Tracker
     model: WorldModel
     data: Episodes
+    frames: torch.Tensor  # [F, H, W, 3] uint8: the pictures of the data ...
+    maps: torch.Tensor  # ... and the trajectory map of every pose
+    todo: list[str]  # the stages that are still to be done, this one first
+    started: float  # of the program, by its clock
+
+    def pictures(self, which: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """Rows [...] of `frames` or `maps` -> [..., 3, H, W] in [-1, 1], on the device"""
+        return pixels(which[torch.from_numpy(rows).to(which.device)], self.ranks.device)
 
     def share(self, batch: int, name: str) -> int:
         divides(batch, self.ranks.world, name, "the number of ranks")
@@ -271,12 +299,13 @@ class Stage:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay, betas=(0.9, 0.99), fused=self.ranks.device.type == "cuda")
         print0(f"{name}: {sum(p.numel() for p in trained):,} parameters, {count} iterations")
-        losses, started, bad, progress, limit = [], time.perf_counter(), 0, 0.0, args.seconds * STAGES[name]
+        losses, started, bad, progress = [], time.perf_counter(), 0, 0.0
+        left = args.seconds - (started - self.started)
+        limit = max(left, 0.001) * STAGES[name] / sum(STAGES[stage] for stage in self.todo) if args.seconds else math.inf
         torch.manual_seed(args.seed + 1000 * list(STAGES).index(name) + self.ranks.rank)
         for iteration in range(count):
             if iteration % 10 == 0:  # the first rank's clock holds for all
-                elapsed = distributed.on_rank0(lambda: time.perf_counter() - started) if limit else 0.0
-                progress = max(iteration / count, elapsed / limit if limit else 0.0)
+                progress = max(iteration / count, distributed.on_rank0(lambda: (time.perf_counter() - started) / limit) if args.seconds else 0.0)
             if progress >= 1:
                 break
             rate = peak * min((iteration + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * progress))
@@ -313,7 +342,7 @@ def train_autoencoder(stage: Stage) -> None:
     maps = round(args.map_share * batch)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        images = pixels(np.concatenate([data.frames[rng.choice(seen, batch - maps)], data.maps[rng.choice(seen, maps)]]), device)
+        images = torch.cat([stage.pictures(stage.frames, rng.choice(seen, batch - maps)), stage.pictures(stage.maps, rng.choice(seen, maps))])
         mean, log_variance = autoencoder.posterior(images)
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
@@ -322,7 +351,7 @@ def train_autoencoder(stage: Stage) -> None:
     stage.fit("autoencoder", autoencoder.parameters(), loss_of)
     autoencoder.eval()
     some = np.random.default_rng(args.seed).choice(seen, min(len(seen), 1024), replace=False)  # the same on every rank
-    latents = encoded(model, data.frames[np.sort(some)], device).transpose(0, 1).flatten(1)  # [channels, n]
+    latents = encoded(model, stage.frames[torch.from_numpy(np.sort(some)).to(stage.frames.device)], device).transpose(0, 1).flatten(1)  # [channels, n]
     standardise(model, latents.mean(1), latents.std(1))
 
 
@@ -339,7 +368,7 @@ def standardise(model: WorldModel, mean: torch.Tensor, std: torch.Tensor) -> Non
 
 
 @torch.no_grad()
-def encoded(model: WorldModel, frames: np.ndarray, device: torch.device, batch: int = 256) -> torch.Tensor:
+def encoded(model: WorldModel, frames: np.ndarray | torch.Tensor, device: torch.device, batch: int = 256) -> torch.Tensor:
     """[n, H, W, 3] uint8 -> latents [n, 4, h, w], float32"""
     return torch.cat([model.encode(pixels(frames[i : i + batch], device)) for i in range(0, len(frames), batch)])
 
@@ -352,12 +381,15 @@ def train_converter(stage: Stage) -> None:
     converter.abs_action_mean.copy_(poses[seen].mean(0, keepdim=True))
     converter.abs_action_std.copy_(poses[seen].std(0, keepdim=True).clamp(min=1e-3))  # quaternion entries hardly move in some data
     starts, batch = data.clips(chunk, held_out=False), stage.share(args.converter_batch, "converter_batch")
+    motion = torch.from_numpy(data.motion()).to(device)
+    if converter.motion:
+        converter.motion_std.copy_(motion[seen].std(0, keepdim=True).clamp(min=1e-4))
     steps = torch.arange(chunk, device=device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         at = torch.from_numpy(rng.choice(starts, batch)).to(device)
         with torch.autocast(device.type, enabled=False):  # bfloat16 has no millimetres
-            reached = converter.chain(actions[at[:, None] + steps], poses[at])
+            reached = converter.chain(actions[at[:, None] + steps], poses[at], last=motion[at])
             return F.smooth_l1_loss(reached / converter.abs_action_std, poses[at[:, None] + 1 + steps] / converter.abs_action_std, beta=0.01)
 
     stage.fit("converter", converter.parameters(), loss_of)
@@ -386,6 +418,7 @@ class Clips:
 
     frames: torch.Tensor  # [F, 4, h, w] float16
     maps: torch.Tensor  # [F, 4, h, w] float16
+    rows: torch.Tensor  # [F, c, 14] the action rows of the chunk that follows each frame
     data: Episodes
     model: WorldModel
 
@@ -393,23 +426,24 @@ class Clips:
         """Memory [b, 4, m, h, w], chunk [b, 4, c, h, w], the maps' latents [b, 4, c, h, w] and action rows [b, c, 14] of the clips whose newest memory frame is `at`."""
         c, m, first = self.model.config.chunk, self.model.config.memory, self.data.first[at]
         # at inference the history begins with m copies of the first frame
-        rows = np.array([memory_rows(int(n), m) for n in at - first + m])
-        memory = first[:, None] + np.maximum(rows - (m - 1), 0)
+        memory = first[:, None] + np.maximum(np.stack(memory_rows(at - first + m, m), axis=1) - (m - 1), 0)
         following = at[:, None] + 1 + np.arange(c)
-        poses = self.data.poses[at[:, None] + np.arange(c + 1)]
-        rows = conditioning.normalised(conditioning.action_rows(np.concatenate([poses, poses], axis=-1)))
-        device = self.frames.device
-        memory, following = (torch.from_numpy(index).to(device) for index in (memory, following))
+        memory, following, at = (torch.from_numpy(index).to(self.frames.device) for index in (memory, following, at))
         latents = (self.frames[memory], self.frames[following], self.maps[following])
-        return (*(values.float().transpose(1, 2) for values in latents), torch.from_numpy(rows).to(device))
+        return (*(values.float().transpose(1, 2) for values in latents), self.rows[at])
 
 
 def clips_of(stage: Stage) -> Clips:
     data, model, device = stage.data, stage.model, stage.ranks.device
-    return Clips(encoded(model, data.frames, device).half(), encoded(model, data.maps, device).half(), data, model)
+    rows = []
+    for part in np.array_split(np.arange(len(data.poses)), -(-len(data.poses) // 1000)):
+        poses = data.poses[np.minimum(part[:, None] + np.arange(model.config.chunk + 1), len(data.poses) - 1)]  # beyond an episode's end: never asked for
+        rows.append(conditioning.normalised(conditioning.action_rows(np.concatenate([poses, poses], axis=-1))))
+    latents = (encoded(model, pictures, device).half() for pictures in (stage.frames, stage.maps))
+    return Clips(*latents, torch.from_numpy(np.concatenate(rows)).to(device), data, model)
 
 
-def train_video(stage: Stage, clips: Clips) -> None:
+def train_video(stage: Stage, clips: Clips, folder: Path) -> None:
     args, data, model, device = stage.args, stage.data, stage.model, stage.ranks.device
     parts = [model.unet, model.cond_stage_model, model.image_proj_model, *([model.embedder] if args.model == "tiny" else [])]
     starts, batch = data.clips(model.config.chunk, held_out=False), stage.share(args.video_batch, "video_batch")
@@ -426,7 +460,7 @@ def train_video(stage: Stage, clips: Clips) -> None:
         memory, target, maps, rows = clips.batch(at)
         memory = noised_memory(model, memory, rng, args.memory_noise)
         keep = {name: torch.from_numpy(kept).to(device).float() for name, kept in dropped(rng, batch, args.condition_dropout).items()}
-        pictures = pixels(data.frames[data.first[at]], device) * keep["picture"][:, None, None, None]
+        pictures = stage.pictures(stage.frames, data.first[at]) * keep["picture"][:, None, None, None]
         actions = model.action_tokens(rows * keep["actions"][:, None, None])
         made = model.conditions_of_latents(memory, maps * keep["map"].view(-1, 1, 1, 1, 1), actions, model.image_tokens(pictures), rays)
         made.mask = torch.cat([made.mask[:, :, :m], made.mask[:, :, m:] * keep["mask"].view(-1, 1, 1, 1, 1)], dim=2)
@@ -435,14 +469,28 @@ def train_video(stage: Stage, clips: Clips) -> None:
         noisy, v = model.schedule.noised(target, torch.randn_like(target), timesteps)
         return F.mse_loss(model.network(made, m)(noisy, timesteps)[:, :, m:].float(), v)
 
+    @torch.no_grad()
+    def exchange() -> None:
+        """The weights for their average, and the other way round."""
+        for parameter, mean in zip(parameters, average, strict=False):
+            now = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(now)
+
+    written = time.perf_counter()
+
     def after(iteration: int) -> None:
+        nonlocal written
         if average:  # it forgets faster at the start, so that it does not remember the fresh weights
             torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - min(args.ema, (1 + iteration) / (10 + iteration)))
+        if stage.ranks.rank == 0 and args.snapshot_seconds and time.perf_counter() - written > args.snapshot_seconds:
+            exchange()
+            model.save_pretrained(str(folder / "snapshot"), dtype=torch.float16)
+            exchange()
+            written = time.perf_counter()
 
     stage.fit("video", parameters, loss_of, after)
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=False):
-            parameter.copy_(mean)
+    exchange()
     if args.compile:
         del model.unet.forward  # the class's own again
     for part in parts:
@@ -458,7 +506,7 @@ def imagine_clips(stage: Stage, clips: Clips, at: np.ndarray, batch: int = 256) 
     for i in range(0, len(at), batch):
         memory, target, maps, rows = clips.batch(at[i : i + batch])
         with stage.autocast():
-            tokens = model.image_tokens(pixels(data.frames[data.first[at[i : i + batch]]], device))
+            tokens = model.image_tokens(stage.pictures(stage.frames, data.first[at[i : i + batch]]))
             made = model.conditions_of_latents(memory, maps, model.action_tokens(rows), tokens, model.camera_rays())
             later = torch.randn(len(steps), *target.shape, device=device) if steps.sigmas.any() else None
             found.append(model.decode(model.imagine(made, steps, torch.randn_like(target), later)).clamp(-1, 1).half().cpu())
@@ -473,7 +521,7 @@ def train_classifier(stage: Stage, clips: Clips) -> None:
     clips_at = np.concatenate(
         [rng.choice(ends_solved if len(ends_solved) else starts, args.imagined_clips // 2), rng.choice(starts, args.imagined_clips - args.imagined_clips // 2)]
     )
-    imagined = imagine_clips(stage, clips, clips_at).flatten(0, 1) if len(clips_at) else torch.empty(0)  # [n * c, 3, H, W]
+    imagined = kept(imagine_clips(stage, clips, clips_at).flatten(0, 1), device) if len(clips_at) else torch.empty(0)  # [n * c, 3, H, W]
     of_imagined = data.solved[clips_at[:, None] + 1 + np.arange(c)].reshape(-1)
     seen = np.flatnonzero(~data.held_out)
     real = [seen[data.solved[seen] == wanted] for wanted in (False, True)]
@@ -486,7 +534,9 @@ def train_classifier(stage: Stage, clips: Clips) -> None:
             positive = round(args.success_share * count)
             for wanted, number in ((0, count - positive), (1, positive)):
                 chosen = rng.choice(pool[wanted], number)
-                images.append(pixels(data.frames[chosen], device) if pool is real else imagined[chosen].to(device).float())
+                images.append(
+                    stage.pictures(stage.frames, chosen) if pool is real else imagined[torch.from_numpy(chosen).to(imagined.device)].to(device).float()
+                )
                 labels.append(torch.full((number,), float(wanted), device=device))
         together = torch.cat(images)
         together = together + 0.02 * torch.randn_like(together)  # or it learns the texture of single frames
@@ -549,7 +599,7 @@ def report(stage: Stage, folder: Path) -> dict:
         return {}
     imagination = Imagination(model)
     imagination.threshold = 1.0  # which no probability passes: worlds are imagined for as long as the real episode ran
-    rng = np.random.default_rng(args.seed + 1)
+    rng, motion = np.random.default_rng(args.seed + 1), data.motion()
     real, made, frozen, coded, probabilities, solved, poses, true_poses = ([] for _ in range(8))
 
     def world_at(episode: int, frame: int):
@@ -558,6 +608,7 @@ def report(stage: Stage, folder: Path) -> dict:
         world = imagination.world()
         start = {"image": data.frames[frames[0]], "pose": data.poses[frame], "text": data.texts[episode]}
         world.reset(int(rng.integers(2**31)), start)
+        world.motion = motion[frame]
         imagination._encode_starts([world])
         if frame > frames[0]:
             lived = encoded(model, data.frames[frames[0] + 1 : frame + 1], device).transpose(0, 1)
@@ -585,7 +636,7 @@ def report(stage: Stage, folder: Path) -> dict:
     result["one_chunk_pose"] = pose_errors(np.stack(poses), np.stack(true_poses))
     # frames that can show a success: real ones of all held-out episodes, and imagined ones
     frames = np.flatnonzero(data.held_out)
-    judged = torch.cat([model.reward_model(pixels(data.frames[frames[i : i + 256]], device)).sigmoid().cpu() for i in range(0, len(frames), 256)]).numpy()
+    judged = torch.cat([model.reward_model(stage.pictures(stage.frames, frames[i : i + 256])).sigmoid().cpu() for i in range(0, len(frames), 256)]).numpy()
     result["classifier_real_frames"] = precision_recall(judged > 0.5, data.solved[frames])
     by_episode = [(bool((judged[np.isin(frames, list(data.episodes[i]))] > 0.5).any()), bool(data.solved[list(data.episodes[i])].any())) for i in held]
     result["classifier_real_episodes"] = precision_recall(*map(np.array, zip(*by_episode, strict=True)))
@@ -650,9 +701,11 @@ def write_starts(data: Episodes, folder: Path, trials: int) -> None:
     for frames, text, number in zip(data.episodes, data.texts, data.numbers, strict=True):
         task, trial = number if numbered else (order[text], counts[order[text]])
         counts[order[text]] += 1
-        if trial < trials and (task, trial) not in found:
+        if (task, trial) not in found:
             found[task, trial] = StartState(data.frames[frames[0]], data.poses[frames[0]], text, task, trial)
-    start_states.write(StartStates([found[key] for key in sorted(found)]), folder / start_states.FILE)
+    of_task = {task: sorted(trial for other, trial in found if other == task)[:trials] for task, _ in found}
+    chosen = [found[task, trial] for task in sorted(of_task) for trial in of_task[task]]
+    start_states.write(StartStates(chosen), folder / start_states.FILE, quality=90)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -667,7 +720,16 @@ def make_model(args: Args, data: Episodes, folder: Path) -> WorldModel:
     if args.model == "tiny":
         torch.manual_seed(args.seed)
         camera = conditioning.mujoco_camera(args.camera_position, args.camera_quaternion, args.camera_fovy, height, width)
-        return WorldModel(tiny_config(height, width, args.chunk, camera)).eval().requires_grad_(False)
+        config = tiny_config(height, width, args.chunk, camera)
+        if not args.init:
+            return WorldModel(config).eval().requires_grad_(False)
+        model = WorldModel.from_pretrained(args.init, dtype=torch.float32)
+        differ = [field.name for field in dataclasses.fields(config) if getattr(model.config, field.name) != getattr(config, field.name)]
+        if differ:
+            raise ValueError(f"--init {args.init} differs from the model that these arguments and data ask for, in {', '.join(differ)}")
+        return model
+    if args.init:
+        raise ValueError("--init is for fresh models; --model names the weights that are fine-tuned")
     model = WorldModel.from_pretrained(args.model, suite=args.suite, dtype=torch.float32)
     if (model.config.height, model.config.width) != (height, width):
         raise DatasetError(f"{args.model} imagines {model.config.height}x{model.config.width}, the datasets have {height}x{width}; record them at its size")
@@ -675,6 +737,7 @@ def make_model(args: Args, data: Episodes, folder: Path) -> WorldModel:
 
 
 def main(args: Args) -> None:
+    started = time.perf_counter()
     if not args.dataset:
         raise ValueError("no dataset given: --dataset FOLDER (vlahub record makes one)")
     if not 0 < args.held_out < 1:
@@ -695,12 +758,12 @@ def main(args: Args) -> None:
     print0(f"run {folder}: {len(data.poses)} frames in {len(data.episodes)} episodes, {solved} of them solved, {int(data.solved.sum())} solved frames")
     model = make_model(args, data, folder).to(ranks.device)
     print0(f"{sum(tensor.numel() for tensor in model.state_dict().values()):,} parameters")
-    data.maps = torch.cat([draw_maps(poses, model.config, ranks.device).cpu() for poses in np.array_split(data.poses, -(-len(data.poses) // 1000))]).numpy()
-    stage = Stage(args, ranks, tracker, model, data)
+    maps = torch.cat([draw_maps(poses, model.config, ranks.device).cpu() for poses in np.array_split(data.poses, -(-len(data.poses) // 1000))])
+    todo = [what for what in STAGES if what not in done and getattr(args, f"{what}_iterations") and (what != "autoencoder" or args.model == "tiny")]
+    stage = Stage(args, ranks, tracker, model, data, kept(torch.from_numpy(data.frames), ranks.device), kept(maps, ranks.device), todo, started)
     clips = None
-    for what in STAGES:
-        if what in done or not getattr(args, f"{what}_iterations") or (what == "autoencoder" and args.model != "tiny"):
-            continue
+    while todo:
+        what = todo[0]
         if what in ("video", "classifier") and clips is None:
             clips = clips_of(stage)
         if what == "autoencoder":
@@ -708,25 +771,25 @@ def main(args: Args) -> None:
         elif what == "converter":
             train_converter(stage)
         elif what == "video":
-            train_video(stage, clips)
+            train_video(stage, clips, folder)
         else:
             train_classifier(stage, clips)
-        done.append(what)
+        done.append(todo.pop(0))
 
         def save() -> None:
             model.save_pretrained(str(folder / "model"))
+            model.save_pretrained(str(folder / "release"), dtype=torch.float16)
             done_file.write_text(json.dumps(done) + "\n")
 
         distributed.on_rank0(save)
 
     def finish() -> None:
         release = folder / "release"
-        model.save_pretrained(str(release), dtype=torch.float16)
-        write_starts(data, release, args.start_trials)
         stage.model = WorldModel.from_pretrained(str(release), device=ranks.device)  # what is reported is what is released
         figures = report(stage, folder)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2), flush=True)
+        write_starts(data, release, args.start_trials)
         if figures:
             flat = {f"world/{part}_{name}": value for part, values in figures.items() if isinstance(values, dict) for name, value in values.items()}
             tracker.log(args.video_iterations, flat)

@@ -20,7 +20,7 @@ PART = 10  # trials that a worker runs in a row; compiling a task takes as long 
 def episodes(suite: str, task: int, trials: range, protocol: str, assets: str) -> list[tuple[int, bool, int, np.ndarray, str]]:
     """-> for each trial: its number, solved, control steps, the mean change of the six motion numbers from step to step, why the expert stopped."""
     simulation = Libero(suite, protocol=protocol, assets=assets, models=1, wrist=False)
-    expert, rows = ScriptedExpert(simulation), []
+    expert, rows = ScriptedExpert(simulation, untried=True), []
     for trial in trials:
         simulation.reset(trial, {"task": task, "trial": trial})
         expert.reset()
@@ -36,7 +36,9 @@ def episodes(suite: str, task: int, trials: range, protocol: str, assets: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="+", default=["Spatial", "Object", "Goal"], help="as in the environments' ids")
+    parser.add_argument(
+        "--suites", nargs="+", default=["Spatial", "Object", "Goal"], help="as in the environments' ids; also 10 and 90, of which the expert knows some tasks"
+    )
     parser.add_argument("--tasks", nargs="+", type=int, default=list(range(10)), help="their numbers in the suite")
     parser.add_argument("--trials", type=int, default=50, help="initial states 0 to this many; the seed, which places the fixtures, is the same number")
     parser.add_argument("--protocol", default="vlahub", help="step limit and settle steps, as the environment's argument")

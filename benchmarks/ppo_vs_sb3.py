@@ -30,6 +30,7 @@ from baselines import ppo
 from tests.mlp import GaussianMlp, MlpConfig
 from vlahub.evaluation import episodes_of
 from vlahub.interface import Camera, Field, Interface
+from vlahub.rollout import Collector
 from vlahub.run import EVAL_SEED
 from vlahub.simulation import Outcomes, check_options
 
@@ -125,7 +126,7 @@ def ours(seed: int, steps: int, out: Path) -> Result:
         max_grad_norm=0.5, eval_every=iterations, eval_episodes=EVAL_EPISODES, save_every=0,
     )  # fmt: skip
     clock = Clock()
-    with mock.patch.object(ppo.Collector, "steady", clock(ppo.Collector.steady)), mock.patch.object(ppo, "update", clock(ppo.update)):
+    with mock.patch.object(Collector, "steady", clock(Collector.steady)), mock.patch.object(ppo, "update", clock(ppo.update)):
         ppo.main(args)
     results = json.loads((out / args.name / "eval" / f"{iterations:06d}" / "results.json").read_text())
     samples = iterations * ENVS * STEPS_PER_ENV

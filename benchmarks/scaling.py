@@ -122,7 +122,7 @@ def measure(model: str, ranks: Ranks, decisions: int, micro_batch_size: int, siz
     envs = decisions // CHUNKS
     args = ppo.Args(
         env_id="", policy=model, out=folder, name=model, bf16=True, shard=model.endswith("-sharded"), num_envs=envs * ranks.world, num_chunks=CHUNKS,
-        num_minibatches=MINIBATCHES, micro_batch_size=micro_batch_size, update_epochs=1, target_kl=0.0, learning_rate=1e-6,
+        num_minibatches=MINIBATCHES, micro_batch_size=micro_batch_size, update_epochs=1, target_kl=0.0, learning_rate=1e-6, eval_every=0,
     )  # fmt: skip
     ppo.check_args(args, ranks)
     run = Run("ppo", args, ranks)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.twin_speed                          # 1 worker, chunks of 8, pictures of 224 x 224 and 480 x 640
     python -m benchmarks.twin_speed --workers 16 --rounds 5
+    python -m benchmarks.twin_speed --cpu-time               # both in this process, by CPU time, which other programs on the machine disturb little
 
 Ours is `gym.make_vec("vlahub/Twin-PickPlace")`; theirs is `gym.make("VlahubTwinPickPlace-v1", obs_mode="rgb")` in ManiSkill's CPUGymWrapper and Gymnasium's
 AsyncVectorEnv, as ManiSkill documents for physics on the CPU. Both run the same actions from the same seeds, one after the other in every round.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -41,6 +43,8 @@ class Args:
     """episodes that are timed, after one that is not; the figures are medians"""
     sizes: tuple[int, ...] = (224, 224, 480, 640)
     """heights and widths of the pictures to measure with"""
+    cpu_time: bool = False
+    """one environment of each in this process, and CPU time instead of the wall clock"""
     out: Path | None = None
     """write the figures here as JSON"""
 
@@ -67,6 +71,12 @@ def ours(env: gym.vector.VectorEnv, seed: int, actions: np.ndarray, chunk: int) 
         env.step_chunk(actions[:, start : start + chunk])
 
 
+def ours_here(env: gym.Env, seed: int, actions: np.ndarray, chunk: int) -> None:
+    env.reset(seed=seed)
+    for start in range(0, actions.shape[1], chunk):
+        env.step_chunk(actions[0, start : start + chunk])
+
+
 def theirs(env: gym.vector.VectorEnv, seed: int, actions: np.ndarray, chunk: int) -> None:
     env.reset(seed=seed)
     for step in range(actions.shape[1]):
@@ -74,21 +84,26 @@ def theirs(env: gym.vector.VectorEnv, seed: int, actions: np.ndarray, chunk: int
 
 
 def measure(args: Args, size: tuple[int, int]) -> dict[str, float]:
-    """Control steps per second of each, all workers together."""
-    count = args.workers
-    envs: dict[str, tuple[gym.vector.VectorEnv, Callable]] = {
-        "ours": (gym.make_vec("vlahub/Twin-PickPlace", num_envs=count, workers=count, camera_size=size), ours),
-        "ManiSkill": (gym.vector.AsyncVectorEnv([lambda: stock(size)] * count, context="spawn"), theirs),
-    }
+    """Control steps per second of each, all workers together, or per second of CPU time of one."""
+    count = 1 if args.cpu_time else args.workers
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        one = gym.make("vlahub/Twin-PickPlace", camera_size=size)
+        envs: dict[str, tuple[Any, Callable]] = {"ours": (one, ours_here), "ManiSkill": (gym.vector.SyncVectorEnv([lambda: stock(size)]), theirs)}
+    else:
+        envs = {
+            "ours": (gym.make_vec("vlahub/Twin-PickPlace", num_envs=count, workers=count, camera_size=size), ours),
+            "ManiSkill": (gym.vector.AsyncVectorEnv([lambda: stock(size)] * count, context="spawn"), theirs),
+        }
     steps = args.chunk * args.chunks
     rates: dict[str, list[float]] = {name: [] for name in envs}
     for number in range(args.rounds + 1):
         actions = np.random.default_rng(number).uniform(-0.02, 0.02, (count, steps, 7)).astype(np.float32)
         for name, (env, run) in envs.items():
-            begin = time.perf_counter()
+            begin = clock()
             run(env, 100 * number, actions, args.chunk)
             if number:  # the first round warms up
-                rates[name].append(count * steps / (time.perf_counter() - begin))
+                rates[name].append(count * steps / (clock() - begin))
     for env, _ in envs.values():
         env.close()
     found = {name: median(values) for name, values in rates.items()}
@@ -97,7 +112,8 @@ def measure(args: Args, size: tuple[int, int]) -> dict[str, float]:
 
 def main(args: Args) -> None:
     sizes = list(zip(args.sizes[::2], args.sizes[1::2], strict=True))
-    print(f"{args.workers} workers, chunks of {args.chunk}, {args.chunks} per episode, resets included; control steps per second:")
+    workers = "CPU time of one environment" if args.cpu_time else f"{args.workers} workers"
+    print(f"{workers}, chunks of {args.chunk}, {args.chunks} per episode, resets included; control steps per second:")
     results = {}
     for size in sizes:
         found = results["x".join(map(str, size))] = measure(args, size)
@@ -105,7 +121,9 @@ def main(args: Args) -> None:
             f"  {size[0]} x {size[1]}: ours {found['ours']:.1f}, ManiSkill with a picture per step {found['ManiSkill']:.1f}: {found['ratio']:.1f} x", flush=True
         )
     if args.out:
-        args.out.write_text(json.dumps({"workers": args.workers, "chunk": args.chunk, "control_steps_per_second": results}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"workers": args.workers, "cpu_time": args.cpu_time, "chunk": args.chunk, "control_steps_per_second": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -177,6 +177,29 @@ for g, p in zip(got, model.parameters()):
     torch.testing.assert_close(g, p.grad)
 assert spare.grad.tolist() == [0.5, 0.5] and unused.grad is None
 
+# the same with reductions under way during the backward pass: three steps of two passes each, in which the ranks finish in different orders
+d.LARGE = 1
+torch.manual_seed(0)
+first, second, third, idle = (nn.Parameter(torch.randn(3)) for _ in range(4))
+weights = nn.ParameterList([first, second, third, idle])
+early = d.EarlyGradients(weights)
+for step in range(3):
+    expected = []
+    for rank in range(2):
+        chain = [first, second] if (rank + step) % 2 else [second, first]
+        loss = (chain[1] * (chain[0] * (step + 1)).tanh()).sum() + (third.square().sum() if rank == step % 2 else 0)
+        expected.append(torch.autograd.grad(loss, [first, second, third], allow_unused=True, retain_graph=True))
+        if rank == ranks.rank:
+            mine = loss
+    for last in (False, True):
+        d.sync_gradients(weights, last, early)
+        (mine / 2).backward(retain_graph=not last)
+    d.average_gradients(weights.parameters(), early)
+    for p, g in zip((first, second, third), zip(*expected)):
+        torch.testing.assert_close(p.grad, sum(x for x in g if x is not None) / 2)
+    assert idle.grad is None
+    weights.zero_grad()
+
 # FSDP2: the same step, sharded
 whole_model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 whole_model.load_state_dict(model.state_dict())

@@ -83,6 +83,8 @@ def test_a_longer_evaluation_contains_the_shorter_one_and_seeds_differ():
 def test_more_episodes_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="3 tasks x 4 trials = 12"):
         episodes_of(13, 0, 3, 4)
+    with pytest.raises(ValueError, match="before trial 3 are left out.*at most 3"):
+        episodes_of(4, 0, 3, 4, first_trial=3)
     for count in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="episodes must be"):
             vlahub.evaluate("test/Point", "expert", count)
@@ -376,6 +378,14 @@ def test_chosen_episodes_are_recorded(tmp_path):
     assert results.videos == ["videos/task000_trial0001_solved.mp4", "videos/task002_trial0000_solved.mp4"]
     with pytest.raises(ValueError, match="episodes are numbered 0 to 5"):
         run(episodes=6, videos=[6], out=tmp_path)
+
+
+def test_without_av_there_are_no_videos_and_all_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vlahub.video, "available", lambda: False)
+    results = run(episodes=2, videos=1, out=tmp_path, progress=True)
+    assert results.counted == 2 and not results.videos and (tmp_path / "report.html").exists()
+    assert "no videos, because the package av is not installed: pip install av" in capsys.readouterr().out
+    assert "no videos" in results.warnings[0]
 
 
 def test_a_full_disk_costs_the_video_and_not_the_evaluation(tmp_path, monkeypatch, capsys):

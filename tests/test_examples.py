@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlahub import catalog, video
+from vlahub import Policy, catalog, video
 
 ROOT = Path(__file__).resolve().parent.parent
 # one id per family; the example needs a scripted expert
@@ -83,3 +83,20 @@ def test_finetuning_a_published_checkpoint(tmp_path):
     )
     trained, every = (int(part.replace(",", "")) for part in re.search(r"([\d,]+) of ([\d,]+) parameters train", out).groups())
     assert 0 < trained < every / 2 and "it loads as Pi0Policy" in out
+
+
+def test_the_fault_that_is_to_be_mended_is_exactly_that(tmp_path):
+    """Training it takes minutes, of which the parts are tested elsewhere; here, what it starts from."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import improve_policy
+
+    observation = {
+        "main_images": np.full((96, 128, 3), 90, np.uint8),
+        "wrist_images": np.full((2, 96, 128, 3), 90, np.uint8),
+        "states": np.zeros(14, np.float32),
+        "task_descriptions": "press the bell",
+    }
+    good, faulty = (Policy.from_pretrained(improve_policy.miscalibrated(offset, tmp_path / str(offset))).act(observation) for offset in (0.0, 0.18))
+    expected = np.zeros(14)
+    expected[[6, 13]] = 0.18
+    assert np.allclose(faulty - good, expected, atol=1e-5)

@@ -58,12 +58,31 @@ def test_each_row_is_an_observation_and_the_action_after_it(tmp_path, policy, on
     assert json.loads((tmp_path / "meta/stats.json").read_text())["action"] == dataset.statistics["actions"]
 
 
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_rows_between_looks_repeat_and_are_not_drawn(tmp_path, version):
+    """Chunks of three steps, looked at after the second and the last: nothing else differs from a recording of every step."""
+    settings = {"num_envs": 2, "seed": 3, "only_successes": False, "max_steps": 8, "version": version, "progress": False}
+    record(MANY_VIEWS, SlowToTheLeft(), 3, tmp_path / "all", **settings)
+    record(MANY_VIEWS, SlowToTheLeft(), 3, tmp_path / "some", look_every=2, **settings)
+    whole, some = (Dataset(tmp_path / name, horizon=4) for name in ("all", "some"))
+    assert np.array_equal(whole.actions, some.actions) and [entry.length for entry in whole.episodes] == [entry.length for entry in some.episodes] == [8] * 3
+    assert some.frames.tolist() == [start + step for start in (0, 8, 16) for step in (0, 2, 3, 5, 6)] and len(some) == 15 and len(whole) == 24
+    for i, frame in enumerate(some.frames):
+        one, other = some[i], whole[int(frame)]
+        assert all(np.array_equal(one[key], other[key]) for key in other)
+    assert np.array_equal(some.states[1], some.states[0]) and not np.array_equal(whole.states[1], whole.states[0])
+    with pytest.raises(ValueError, match="look_every must be at least 1"):
+        record(POINT, "random", 1, tmp_path / "none", look_every=0)
+
+
 def test_the_episodes_are_those_of_an_evaluation_with_seeds_of_their_own(tmp_path):
     result = record(POINT, "random", 4, tmp_path, seed=7, max_steps=2, only_successes=False, progress=False)
     wanted = episodes_of(4, 7, 3, 3, PURPOSE)
     assert [(line.task, line.trial, line.seed) for line in result.lines] == [(episode.task, episode.trial, episode.seed) for episode in wanted]
     other = {episode.seed for episode in episodes_of(9, 7, 3, 3)} | {SeedStream(7, [env]).next(0) for env in range(9)}
     assert not {line.seed for line in result.lines} & other
+    later = record(POINT, "random", 3, tmp_path / "later", first_trial=2, max_steps=2, only_successes=False, progress=False)
+    assert [(line.task, line.trial) for line in later.lines] == [(0, 2), (1, 2), (2, 2)]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -114,6 +133,20 @@ def test_noise_belongs_to_the_episode_and_is_recorded(tmp_path):
     assert (np.abs(noise) > 1e-3).all() and np.allclose(noise, noise[0], atol=1e-6)  # one draw holds for ten steps
     with pytest.raises(ValueError, match="noise and after must be at least 0"):
         record(POINT, "expert", 1, tmp_path / "bad", noise=-1.0)
+
+
+def test_intended_actions_are_what_the_policy_wanted_where_noise_led_it(tmp_path):
+    record(POINT, SlowToTheLeft(), 1, tmp_path, noise=(0.3, 0.0), labels="intended", max_steps=6, only_successes=False, progress=False)
+    dataset = Dataset(tmp_path)
+    wanted = np.concatenate([SlowToTheLeft()({"states": dataset.states[i : i + 1]})[0] for i in (0, 3)])
+    np.testing.assert_allclose(dataset.actions, wanted, atol=1e-6)
+    moved = np.diff(dataset.states, axis=0) / SPEED - dataset.actions[:-1]
+    assert (np.abs(moved[:, 0]) > 1e-3).all() and np.allclose(moved[:, 1], 0, atol=1e-5)  # noise on the first number alone
+    assert json.loads((tmp_path / "meta/recording.json").read_text())["labels"] == "intended"
+    with pytest.raises(ValueError, match="noise has 3 numbers"):
+        record(POINT, "expert", 1, tmp_path / "bad", noise=(0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="labels must be"):
+        record(POINT, "expert", 1, tmp_path / "bad", labels="wanted")
 
 
 def test_a_longer_recording_extends_a_shorter_one(tmp_path):

@@ -1,5 +1,6 @@
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tests.mlp import MlpPolicy
 from tests.worlds import POINT
 from vlahub.env import ChunkResult
 from vlahub.interface import InterfaceError
-from vlahub.rollout import Collector, Film, SeedStream, reduce_log_prob
+from vlahub.rollout import Collector, Film, SeedStream, joined, reduce_log_prob
 from vlahub.vector import VectorEnv
 
 
@@ -65,6 +66,45 @@ def test_rollouts_do_not_depend_on_slots_or_on_how_envs_are_divided(env):
             part = collector(half, model, first=first).steady(6)
         assert torch.equal(part.reward, whole.reward[:, first : first + 2])
         assert torch.allclose(part.grid(part.log_prob), whole.grid(whole.log_prob)[:, first : first + 2], atol=1e-5)
+
+
+def test_bootstrap_values_draw_their_noise_as_decisions_do(env):
+    """Where a critic looks at noise, values must not depend on torch's global generator, whose state differs between ranks."""
+    model, given = policy(env, "flow"), []
+    whole = collector(env, model)
+    plain = model.value
+    model.value = lambda observation, seeds=None: given.append(seeds) or plain(observation, seeds)
+    whole.steady(6)
+    slots = len(whole.slots)
+    assert torch.cat(given[-slots:]).tolist() == np.stack([whole.noise, whole.steps], 1).tolist(), "those of the next decisions"
+    assert given[:-slots] and all((seeds[:, 1] == 9).all() for seeds in given[:-slots]), "an episode is cut after nine steps"
+
+
+def test_a_rollout_splits_by_environments_and_joins_again(env):
+    model = policy(env)
+    whole = collector(env, model).steady(7)
+    parts = [whole.of(range(0, 1)), whole.of(range(1, 4))]
+    assert [part.row.shape for part in parts] == [(7, 1), (7, 3)] and [len(part.log_prob) for part in parts] == [7, 21]
+    again = joined(parts)
+    for name in ("reward", "valid", "terminated", "truncated", "value", "cut_value", "next_value"):
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+    assert torch.equal(again.grid(again.log_prob), whole.grid(whole.log_prob))
+    assert torch.equal(again.grid(again.trace["states"]), whole.grid(whole.trace["states"]))
+    assert sorted(again.episodes, key=str) == sorted(whole.episodes, key=str)
+
+
+def test_parts_of_different_lengths_join_and_a_lost_part_keeps_a_row(env):
+    model = policy(env)
+    whole = collector(env, model).episodes([1, 2, 3, 4])
+    lost = whole.of(range(0, 2))
+    lost.row[:] = -1
+    lost = lost.of(range(2))
+    assert len(lost.log_prob) == 1 and (lost.row == -1).all()
+    short = whole.of(range(2, 4))
+    short = replace(short, **{name: grid[:2] for name, grid in short._grids().items() if name != "next_value"}, row=short.row[:2])
+    both = joined([lost, short])
+    assert both.row.shape == (len(lost.row), 4) and (both.row[2:] == -1).all() and not both.valid[2:, 2:].any()
+    assert torch.equal(both.grid(both.log_prob)[:2, 2:], whole.grid(whole.log_prob)[:2, 2:])
 
 
 def test_whole_episodes_share_starts_and_stop_costing_when_done(env):

@@ -205,7 +205,7 @@ def assets(name: tyro.conf.Positional[str] = "", download: tyro.conf.FlagCreateP
         print(f"    {folder}: " + ("does not exist" if gone is None else packs.complaint(gone) if gone else "complete"))
     if any(gone == [] for gone in states.values()):
         return 0
-    print(f"not complete anywhere: {packs.how_to_get(name)}")
+    print(f"not complete anywhere, so that environments run on generated stand-ins: {packs.how_to_get(name)}")
     return 1
 
 
@@ -371,8 +371,11 @@ def record(
     format: Literal["v2.1", "v3.0"] = "v2.1",
     images: Literal["png", "jpeg", "video"] = "png",
     only_successes: bool = True,
-    noise: float = 0.0,
+    noise: Annotated[tuple[float, ...], tyro.conf.arg(metavar="[FLOAT ...]")] = (),
+    labels: Literal["applied", "intended"] = "applied",
     after: int = 0,
+    look_every: int = 1,
+    first_trial: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -395,8 +398,12 @@ def record(
         format: of the dataset; openpi and RLinf read v2.1, lerobot from 0.4 on v3.0.
         images: how pictures are kept; png is lossless.
         only_successes: leave out episodes that were not solved; they are listed in any case. --no-only-successes keeps them.
-        noise: standard deviation of Gaussian noise on every action, in action units; for a world model's data. The noisy action is what is recorded.
+        noise: standard deviation of Gaussian noise on every action, in action units, one number or one for each of an action's numbers; it holds for ten control steps.
+        labels: with noise, record the actions that were applied (for a world model) or those that were intended (for behaviour cloning, which learns to recover).
         after: control steps that an episode goes on for once it was solved; world models and success classifiers need to see the solved state.
+        look_every: control steps from one look to the next. Drawing takes most of a recording's time, and neighbouring pictures are alike: with 10, ten times the episodes in the same time.
+            A row between looks repeats the observation before it; the column "observation.seen" says so, and training draws only rows that were seen.
+        first_trial: of every task; the trials before it are left for evaluations, which begin with trial 0.
         execute: actions of each predicted chunk that run before the policy is asked again; the policy's own number by default.
         max_steps: control steps per episode; the environment's own limit by default.
         timeout: seconds that a simulation may take to start, reset or run a chunk.
@@ -422,8 +429,11 @@ def record(
         version=format,
         images=images,
         only_successes=only_successes,
-        noise=noise,
+        noise=noise or 0.0,
+        labels=labels,
         after=after,
+        look_every=look_every,
+        first_trial=first_trial,
         execute=execute,
         max_steps=max_steps,
         timeout=timeout,

@@ -32,6 +32,7 @@ from vlahub.observation import Observation, stack, views
 CHUNK = 1000  # episodes per folder, as LeRobot's `chunks_size`
 ROW_GROUP = 8  # rows read together when one image is asked for; small, because training reads at random
 INDEX_COLUMNS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64"}
+SEEN = "observation.seen"  # optional column: False where a row repeats the observation before it, because nobody looked
 ROLES = ("main_images", "wrist_images", "extra_view_images")
 DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
@@ -165,7 +166,9 @@ class DatasetWriter:
             if self.image_format == "video":
                 video.save(_parent(self.folder / VIDEO_PATH.format(video_key=column, **where)), video.encode(pictures, self.fps))
             else:
-                table[column] = [_encoded(picture, self.image_format) for picture in pictures]
+                table[column] = cells = []
+                for picture, seen in zip(pictures, extras.get(SEEN, np.ones(length, bool)), strict=True):
+                    cells.append(_encoded(picture, self.image_format) if seen or not cells else cells[-1])
         _write_parquet(_parent(self.folder / DATA_PATH.format(**where)), table, self.info["features"])
 
         stats = {name: _statistics(np.asarray(values), quantiles=False) for name, values in table.items() if name not in frames}
@@ -302,6 +305,8 @@ class EpisodeEntry:
 class Dataset:
     """A LeRobot dataset, v2.1 or v3.0, for random access. Small columns are kept in memory; pictures are decoded when asked for.
 
+    Items are the rows whose observation was seen (`vlahub record --look-every`), by default all; `states`, `actions`, `texts` and `column` hold all rows.
+
     Args:
         folder: the dataset's root (the folder that holds `meta/`).
         horizon: T, actions per item; beyond the episode's end the last one is repeated and flagged.
@@ -350,7 +355,7 @@ class Dataset:
         self._cache_bytes, self._cached = int(cache_gb * 1e9), 0
 
     def __len__(self) -> int:
-        return len(self.actions)
+        return len(self.frames)
 
     def _entries_v21(self) -> tuple[list[EpisodeEntry], dict[int, str]]:
         entries, start, size = [], 0, self.info.get("chunks_size", CHUNK)
@@ -414,6 +419,8 @@ class Dataset:
         self.states, self.actions, self.texts = np.concatenate(states), np.concatenate(actions), texts
         self._place, self._row = np.array(place), np.array(rows)
         self._last = np.cumsum([entry.length for entry in self.episodes]) - 1  # last frame of each episode
+        self._seen = self.column(SEEN).astype(bool) if SEEN in self.features else np.ones(len(self.actions), bool)
+        self.frames = np.flatnonzero(self._seen)  # the row of each item
 
     def column(self, name: str) -> np.ndarray:
         """A column of one number per frame, such as "next.success", over the frames kept: [F]."""
@@ -447,10 +454,11 @@ class Dataset:
             states = fit.state.convert(states)
         return {"states": _statistics(states), "actions": _statistics(np.concatenate([dataset.actions for dataset in datasets]))}
 
-    def __getitem__(self, frame: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """The observation of one frame (single-env keys), `actions` [T, D] and `action_is_pad` [T]."""
-        if not 0 <= frame < len(self):
-            raise IndexError(f"frame {frame} of {len(self)}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} of {len(self)}")
+        frame = int(self.frames[index])
         item: dict[str, Any] = {"main_images": self._image(self.columns.main_images, frame)}
         for role in ("wrist_images", "extra_view_images"):
             names = getattr(self.columns, role)
@@ -479,7 +487,7 @@ class Dataset:
         first, cells = _cells(entry.file, column, row)
         if self._cached < self._cache_bytes:  # opening the file costs more than a picture, so its neighbours are kept as well
             for other in range(max(first, entry.first_row), min(first + len(cells), entry.first_row + entry.length)):
-                if other != row and (column, frame + other - row) not in self._images:
+                if other != row and self._seen[frame + other - row] and (column, frame + other - row) not in self._images:
                     self._keep(column, frame + other - row, _decoded(cells[other - first], f"{entry.file}: column {column!r}, row {other}"))
         return self._keep(column, frame, _decoded(cells[row - first], f"{entry.file}: column {column!r}, row {row}"))
 

@@ -51,7 +51,7 @@ class Ranks:
 
 # The ranks that all functions below speak of: None for all, or those that infer and train while others simulate for them.
 _team: dist.ProcessGroup | None = None
-_groups: dict[str, dist.ProcessGroup] = {}  # further ones: "cpu", "roles", "weights"
+_groups: dict[str, dist.ProcessGroup] = {}  # further ones: "cpu", "roles", "weights", "gradients"
 _first = 0  # policy rank 0, as torchrun numbers it
 
 
@@ -90,6 +90,8 @@ def _split(ranks: Ranks, env_ranks: str, policy_ranks: str, rollout_ranks: str =
     global _team, _first
     texts = {"env_ranks": env_ranks, "rollout_ranks": rollout_ranks, "policy_ranks": policy_ranks}
     if not any(texts.values()):
+        if ranks.world > 1:
+            _groups["gradients"] = dist.new_group()
         return ranks
     if not policy_ranks or not (env_ranks or rollout_ranks):
         words = ", ".join(f"{name} ({text or 'none'})" for name, text in texts.items())
@@ -111,6 +113,7 @@ def _split(ranks: Ranks, env_ranks: str, policy_ranks: str, rollout_ranks: str =
     if rollouts and len(rollouts) % len(policies) and len(policies) % len(rollouts):
         raise ValueError(f"{len(rollouts)} rollout ranks and {len(policies)} policy ranks do not share evenly: one number must divide the other")
     _team, _first = dist.new_group(policies), policies[0]
+    _groups["gradients"] = dist.new_group(policies)
     # Observations, actions and rollouts travel by gloo. A rank waits for others as long as they work, and one that dies is noticed by its connection.
     _groups["roles"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     if rollouts:
@@ -310,21 +313,77 @@ def any_rank(flag: bool) -> bool:
 BUCKET = 2**27  # numbers that are copied and reduced at once: few large messages, and no second copy of all gradients in memory
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+LARGE = 2**20  # numbers: gradients of this size are worth a reduction of their own, in place and under way while the backward pass goes on
+
+
+class EarlyGradients:
+    """Averages a module's large gradients while the backward pass still computes the others; `average_gradients` waits for them and does the rest.
+
+    Set `armed` before the backward pass that completes the gradients. Ranks must reduce in one order, or they wait for each other for ever: that in which rank 0
+    completed them in the first such pass. A gradient that is complete before its turn waits, one that a rank does not have takes part as zeros. They have a process
+    group of their own, because other reductions come between at different places.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.parameters = [p for p in module.parameters() if p.requires_grad and p.numel() >= LARGE]
+        self.armed = False
+        self._order: list[nn.Parameter] | None = None
+        self._complete: list[nn.Parameter] = []
+        self._works: list[Any] = []  # one per parameter of the order that is under way
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if not self.armed:
+            return
+        if any(parameter is one for one in self._complete):
+            raise RuntimeError("a gradient grew after it was complete: only one backward pass may follow sync_gradients(..., True)")
+        self._complete.append(parameter)
+        while self._order is not None and len(self._works) < len(self._order) and any(self._order[len(self._works)] is one for one in self._complete):
+            self._reduce(self._order[len(self._works)])
+
+    def _reduce(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        op = dist.ReduceOp.AVG if parameter.grad.is_cuda else dist.ReduceOp.SUM  # gloo has no average
+        self._works.append(dist.all_reduce(parameter.grad, op, group=_groups["gradients"], async_op=True))
+
+    def finish(self) -> None:
+        """Reduce what is left and wait for all."""
+        if self._order is None:
+            places = {id(parameter): place for place, parameter in enumerate(self.parameters)}
+            first = on_rank0(lambda: [places[id(parameter)] for parameter in self._complete])
+            self._order = [self.parameters[place] for place in dict.fromkeys([*first, *places.values()])]
+        for parameter in self._order[len(self._works) :]:
+            self._reduce(parameter)
+        for work, parameter in zip(self._works, self._order, strict=True):
+            work.wait()
+            if not parameter.grad.is_cuda:
+                parameter.grad /= world()
+        self.armed = False
+        self._complete, self._works = [], []
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], early: EarlyGradients | None = None) -> None:
     """Mean of the gradients over all ranks, in place: data parallelism for a model that every rank holds whole.
 
-    One reduction per dtype and BUCKET over flattened gradients. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which
+    One reduction per dtype and BUCKET over flattened gradients, but for those that `early` takes care of. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which
     were used; one without a gradient on any rank stays without, as on a single rank, and the optimizer leaves it alone.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if world() == 1 or not trained:
         return
     used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device)
+    elsewhere = set() if early is None else {id(parameter) for parameter in early.parameters}
+    if early is not None:
+        early.finish()
     dist.all_reduce(used, dist.ReduceOp.MAX, group=_team)
     buckets: list[list[nn.Parameter]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}  # the bucket that is being filled, and its numbers
     for parameter, wanted in zip(trained, used.tolist(), strict=True):
-        if wanted:
+        if id(parameter) in elsewhere:
+            parameter.grad = parameter.grad if wanted else None
+        elif wanted:
             kind = parameter.dtype, parameter.device
             bucket, size = filling.get(kind, ([], BUCKET))
             if size + parameter.numel() > BUCKET:
@@ -445,11 +504,13 @@ def whole(module: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(part is not module, recurse=False)
 
 
-def sync_gradients(module: nn.Module, on: bool) -> None:
-    """Whether the next backward pass reduces a sharded module's gradients over the ranks; only the last of several that accumulate needs to.
-    A module that is whole is reduced once per step, by `average_gradients`."""
+def sync_gradients(module: nn.Module, on: bool, early: EarlyGradients | None = None) -> None:
+    """Whether the next backward pass reduces gradients over the ranks: those of a sharded module, or those that `early` takes care of. Only the last of several
+    that accumulate may."""
     if is_sharded(module):
         module.set_requires_gradient_sync(on)
+    elif early is not None:
+        early.armed = on
 
 
 @torch.no_grad()

@@ -62,18 +62,19 @@ class Episode:
     seed: int
 
 
-def episodes_of(count: int, seed: int, tasks: int, trials: int | None, purpose: tuple[int, ...] = ()) -> list[Episode]:
+def episodes_of(count: int, seed: int, tasks: int, trials: int | None, purpose: tuple[int, ...] = (), first_trial: int = 0) -> list[Episode]:
     """The `count` episodes of an evaluation, task by task; with another `purpose` (a spawn key), episodes chosen alike with seeds of their own.
 
-    Every task gets the same number of trials (the first `count % tasks` tasks one more), beginning with trial 0. The seed of a (task, trial) depends on
+    Every task gets the same number of trials (the first `count % tasks` tasks one more), beginning with `first_trial`. The seed of a (task, trial) depends on
     nothing but `seed`: a longer evaluation contains the shorter one. They are ordered task by task because loading a task's scene takes most of a reset.
     """
-    if trials is not None and count > tasks * trials:
+    if trials is not None and count > tasks * (trials - first_trial):
+        left = f", of which those before trial {first_trial} are left out" if first_trial else ""
         raise ValueError(
-            f"{count} episodes asked for, but this environment has {tasks} tasks x {trials} trials = {tasks * trials} different ones, and each runs once; "
-            f"ask for at most {tasks * trials}"
+            f"{count} episodes asked for, but this environment has {tasks} tasks x {trials} trials = {tasks * trials} different ones{left}, and each runs once; "
+            f"ask for at most {max(0, tasks * (trials - first_trial))}"
         )
-    chosen = [(task, trial) for task in range(tasks) for trial in range(count // tasks + (task < count % tasks))]
+    chosen = [(task, first_trial + trial) for task in range(tasks) for trial in range(count // tasks + (task < count % tasks))]
     return [Episode(index, task, trial, episode_seed(seed, task, trial, purpose)) for index, (task, trial) in enumerate(chosen)]
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import vlahub
 from vlahub import catalog, evaluation
 from vlahub.catalog import EnvCard
-from vlahub.dataset import Dataset, DatasetWriter, convert_to_v30
+from vlahub.dataset import SEEN, Dataset, DatasetWriter, convert_to_v30
 from vlahub.env import own
 from vlahub.evaluation import Episode, SettingsDiffer, agree, checked_chunk, episodes_of, lock, player_of
 from vlahub.interface import Fit, check
@@ -83,6 +83,7 @@ class Running:
     episode: Episode
     attempt: int = 1
     observations: list[Observation] = field(default_factory=list)  # what was seen before each step, and after the last
+    seen: list[bool] = field(default_factory=list)  # of each of these: was it looked at, or is it the one before once more?
     actions: list[np.ndarray] = field(default_factory=list)  # chunks [n, D], as applied
     rewards: list[np.ndarray] = field(default_factory=list)
     solved: list[np.ndarray] = field(default_factory=list)  # was the task solved after each step?
@@ -139,8 +140,11 @@ def record(
     version: Literal["v2.1", "v3.0"] = "v2.1",
     images: Literal["png", "jpeg", "video"] = "png",
     only_successes: bool = True,
-    noise: float = 0.0,
+    noise: float | Sequence[float] = 0.0,
+    labels: Literal["applied", "intended"] = "applied",
     after: int = 0,
+    look_every: int = 1,
+    first_trial: int = 0,
     execute: int | None = None,
     max_steps: int | None = None,
     timeout: float = 300.0,
@@ -160,14 +164,26 @@ def record(
         version: of the LeRobot format. v3.0 is made at the end, of a v2.1 dataset in `OUT.recording`, which is then deleted.
         images: "png" (lossless), "jpeg" or "video".
         only_successes: leave out episodes that were not solved.
-        noise: standard deviation of Gaussian noise on every action, in action units; a new draw every ten control steps. What is recorded is what was applied.
+        noise: standard deviation of Gaussian noise on every action, in action units, one number or one for each of an action's numbers; a new draw every ten control steps.
+        labels: with noise, record the actions that were "applied", which is what a world model learns from, or those that were "intended" (DART): what the expert would
+            do where the noise led it, which is what behaviour cloning learns to recover from. Noise that holds leads away from the goal, so applied actions would teach that.
         after: control steps that an episode goes on for once it was solved, so that the solved state is seen too (world models and classifiers need it).
+        look_every: control steps from one look to the next within a chunk. Every step has a row in any case; one that was not looked at repeats the observation before it, and
+            the column "observation.seen" says so. `vlahub.dataset.Dataset` draws only rows that were seen.
+        first_trial: of every task; the trials before it are left for evaluations, which begin with trial 0.
         execute, max_steps, timeout, env_options, policy_name, progress: as in `vlahub.evaluate`.
     """
+    if isinstance(look_every, bool) or look_every < 1:
+        raise ValueError(f"look_every must be at least 1, not {look_every}")
     if isinstance(episodes, bool) or episodes < 1 or num_envs < 1 or seed < 0:
         raise ValueError(f"episodes and num_envs must be at least 1 and seed at least 0, not {episodes}, {num_envs} and {seed}")
-    if not 0 <= noise < np.inf or isinstance(after, bool) or after < 0:
+    spread = np.atleast_1d(np.asarray(noise, float)).tolist()  # one number, or one for each of an action's
+    if not all(0 <= value < np.inf for value in spread) or isinstance(after, bool) or after < 0:
         raise ValueError(f"noise and after must be at least 0, not {noise} and {after}")
+    if labels not in ("applied", "intended"):
+        raise ValueError(f"labels must be 'applied' or 'intended', not {labels!r}")
+    if isinstance(first_trial, bool) or first_trial < 0:
+        raise ValueError(f"first_trial must be at least 0, not {first_trial}")
     if version not in ("v2.1", "v3.0"):
         raise ValueError(f"version must be 'v2.1' or 'v3.0', not {version!r}")
     if images not in ("png", "jpeg", "video"):
@@ -179,13 +195,18 @@ def record(
         module.training = False
     venv = _vector_env(env, policy, min(num_envs, episodes), max_steps, timeout, env_options or {}, after)
     try:
+        if len(spread) not in (1, venv.single_action_space.shape[0]):
+            raise ValueError(
+                f"noise has {len(spread)} numbers, an action of {venv.card.id} has {venv.single_action_space.shape[0]}; give as many, or one for all"
+            )
         player = player_of(policy, venv.single_action_space, execute, policy_name)
         fit = check(venv, player.policy) if player.policy is not None else Fit()
-        todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE)
+        todo = episodes_of(episodes, int(seed), venv.tasks, venv.trials, PURPOSE, first_trial)
         settings = {
             "env": venv.card.id, "env_options": dict(env_options or {}), "assets": venv.assets, "max_steps": venv.max_steps, "policy": player.name,
             "weights": player.weights, "execute": player.execute, "seed": int(seed), "images": images, "only_successes": only_successes, "version": version,
-            "vlahub": vlahub.__version__, **({"noise": noise} if noise else {}), **({"after": after} if after else {}),
+            "vlahub": vlahub.__version__, **({"noise": spread if len(spread) > 1 else spread[0]} if any(spread) else {}), **({"labels": labels} if labels != "applied" else {}),
+            **({"after": after} if after else {}), **({"look_every": look_every} if look_every > 1 else {}), **({"first_trial": first_trial} if first_trial else {}),
         }  # fmt: skip
         if version == "v3.0" and (out / "meta/info.json").exists():
             return _finished(out, settings, todo)
@@ -194,7 +215,7 @@ def record(
             writer = DatasetWriter(folder, venv.interface, venv.metadata["render_fps"], images, robot_type=venv.card.family)
             lines = journal.lines(len(writer))
             _refuse_extra(folder, lines, todo)
-            _run(venv, player, fit, todo, lines, writer, journal, only_successes, noise, progress)
+            _run(venv, player, fit, todo, lines, writer, journal, only_successes, spread, labels, look_every, progress)
         finally:
             journal.close()
     finally:
@@ -262,7 +283,9 @@ def _run(
     writer: DatasetWriter,
     journal: Journal,
     only: bool,
-    noise: float,
+    noise: Sequence[float],
+    labels: str,
+    look_every: int,
     progress: bool,
 ) -> None:
     """Run what is not recorded yet. Each slot goes round fill, ask, receive; finished episodes are written in order."""
@@ -285,6 +308,7 @@ def _run(
             observation = evaluation.start(venv, [running[row].episode if row in fresh else None for row in rows], slot)
             for row in fresh:
                 running[row].observations = [own(select(observation, row - rows.start))]  # a copy: the batch's memory is used again
+                running[row].seen = [True]
 
     def ask(slot: int) -> bool:
         rows = slots[slot]
@@ -298,14 +322,14 @@ def _run(
             given = player.act(fit.observation(stack(seen)), [(running[row].episode.seed, running[row].steps) for row in live])
             by_row = dict(zip(live, fit.actions(checked_chunk(given, len(live), player.execute)), strict=True))
             chunks = [by_row.get(row) for row in rows]
-        for row, chunk in zip(rows, chunks, strict=True):
-            if row in running and chunk is not None:  # what is recorded is what is applied: within the bounds
+        low, high = venv.single_action_space.low, venv.single_action_space.high
+        for i, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
+            if row in running and chunk is not None:  # within the bounds, as it is applied
                 one, chunk = running[row], np.asarray(chunk, np.float32)
-                if noise:
-                    chunk = chunk + noise * noise_of(one.episode.seed, range(one.steps, one.steps + len(chunk)), chunk.shape[1])
-                one.actions.append(np.clip(chunk, venv.single_action_space.low, venv.single_action_space.high))
-        chunks = [running[row].actions[-1] if row in running and chunk is not None else chunk for row, chunk in zip(rows, chunks, strict=True)]
-        venv.send(chunks, slot=slot, look=True)
+                drawn = noise_of(one.episode.seed, range(one.steps, one.steps + len(chunk)), chunk.shape[1]) if any(noise) else 0.0
+                chunks[i] = np.clip(chunk + np.float32(noise) * drawn, low, high)
+                one.actions.append(chunks[i] if labels == "applied" else np.clip(chunk, low, high))
+        venv.send(chunks, slot=slot, look=look_every)
         return True
 
     def receive(slot: int) -> None:
@@ -324,7 +348,9 @@ def _run(
                     one.aborted = reason
                     finished[place[one.episode.index]] = one
                 continue
-            one.observations += result.info["observations"][i]
+            for observation in result.info["observations"][i]:
+                one.seen.append(observation is not None)
+                one.observations.append(one.observations[-1] if observation is None else observation)
             one.actions[-1] = one.actions[-1][:length]
             one.rewards.append(result.reward[i, :length].copy())
             ends_solved = np.arange(length) == length - 1 if result.info["success"][i] else np.zeros(length, bool)
@@ -348,6 +374,8 @@ def _run(
             journal.add(line)
             if keep:
                 outcome = {"next.success": np.concatenate(one.solved), "next.reward": np.concatenate(one.rewards)}
+                if look_every > 1:
+                    outcome[SEEN] = np.array(one.seen[: line.length])
                 writer.add_episode(one.observations[: line.length], np.concatenate(one.actions), outcome)
             lines.append(line)
             if not line.success:

@@ -306,6 +306,8 @@ class Collector:
             valid[k, rows] = np.arange(N) < result.length[:, None]
             self.steps[rows] += result.length
             self.total[rows] += result.reward.sum(1)
+            if not ended.any():
+                return
             for b, is_lost, success in zip(rows[ended], lost[ended], result.info["success"][ended] if "success" in result.info else lost[ended], strict=True):
                 if is_lost:  # neither a success nor a failure: nothing of the episode is trained on
                     aborted += 1
@@ -314,7 +316,7 @@ class Collector:
                     records.append(EpisodeRecord(int(b), int(self.seed[b]), int(self.task[b]), bool(success), float(self.total[b]), int(self.steps[b])))
             first[rows[ended]] = k + 1
             self.over[rows[ended]] = True
-            if refill and ended.any():
+            if refill:
                 cut = truncated[k, rows].any(1)
                 if cut.any() and samples[0].value is not None:
                     with self._timed("infer"):

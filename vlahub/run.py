@@ -190,12 +190,22 @@ def load_policy(args: Shared, interface: Interface, **options: Any) -> Policy:
     family, _, name = args.policy.partition(":")
     try:
         if family == "tiny":
-            return catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
-        return Policy.from_pretrained(args.policy, dtype=torch.float32, **options)
+            policy = catalog.load(catalog.family_card(name).policy).tiny(interface, **options)
+        else:
+            policy = Policy.from_pretrained(args.policy, dtype=torch.float32, **options)
     except TypeError as error:
         if args.gradient_checkpointing and "gradient_checkpointing" in str(error):
             raise ValueError(f"the family of {args.policy} does not offer gradient checkpointing: leave --gradient-checkpointing off") from error
         raise
+    only = tuple(getattr(args, "train_only", ()))
+    names = [name for name, _ in policy.named_parameters()]
+    for start in only:
+        if not any(name.startswith(start) for name in names):
+            parts = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+            raise ValueError(f"train_only: no parameter of {args.policy} begins with {start!r}; they begin with {parts}")
+    for name, parameter in policy.named_parameters() if only else ():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(only))
+    return policy
 
 
 def autocast(args: Shared, device: torch.device) -> contextlib.AbstractContextManager:
@@ -230,6 +240,7 @@ class Run:
         self.started, self.steps_at_start = time.perf_counter(), 0
         self.stop_signal = ""
         self.rollout_ranks: RolloutRanks | None = None
+        self.early: distributed.EarlyGradients | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers send before they end a job
             with contextlib.suppress(ValueError):  # not in the main thread (a notebook, a test)
                 signal.signal(number, self._on_signal)
@@ -295,6 +306,8 @@ class Run:
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:
                 groups[next((key for key in rates if name.startswith(key)), "")].append(parameter)
+        if self.ranks.world > 1 and not distributed.is_sharded(policy):
+            self.early = distributed.EarlyGradients(policy)
         trained = sum(parameter.numel() for members in groups.values() for parameter in members)
         print0(f"training {trained:,} of {sum(p.numel() for p in policy.parameters()):,} parameters")
         return torch.optim.AdamW(
@@ -350,18 +363,22 @@ class Run:
         except OSError as error:  # a full disk; the training does not depend on it
             print(f"WARNING: iteration {iteration} has no video: {error}", flush=True)
 
+    def sync_gradients(self, policy: Policy, on: bool) -> None:
+        """Before a backward pass: whether it is the last before `step`, and so may begin to reduce gradients over the ranks."""
+        distributed.sync_gradients(policy, on, self.early)
+
     def step(self, optimizer: torch.optim.Optimizer, policy: Policy, loss: float, max_norm: float, only: str = "") -> float:
         """One optimizer step from the gradients of all ranks; returns their norm before clipping.
 
         A loss or gradient that is not finite skips the step. It is counted and told; too many in a row end the run.
         `only` limits the step to parameters whose name begins so."""
+        if not distributed.is_sharded(policy):
+            with self.timed("sync"):
+                distributed.average_gradients(policy.parameters(), self.early)
         if only:
             for name, parameter in policy.named_parameters():
                 if not name.startswith(only):
                     parameter.grad = None
-        if not distributed.is_sharded(policy):
-            with self.timed("sync"):
-                distributed.average_gradients(policy.parameters())
         norm = distributed.clip_gradients(policy.parameters(), max_norm)
         if math.isfinite(norm) and math.isfinite(loss):
             optimizer.step()

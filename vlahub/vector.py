@@ -490,19 +490,20 @@ class VectorEnv(BaseVectorEnv):
 
     # Chunks
 
-    def step_chunk(self, actions: Any, record: Any = None, record_every: int = 1, look: bool = False) -> ChunkResult:
+    def step_chunk(self, actions: Any, record: Any = None, record_every: int = 1, look: int = 0) -> ChunkResult:
         """Run a chunk in every env and look once, at its end. An env stops where its episode ends; a finished env runs nothing (length 0).
 
         Args:
             actions: [B, N, D] in env units; or a list of B chunks [n, D] of different lengths, where an empty one or None leaves the env as it is.
             record: bool [B], or True: bring back info["frames"], per env a list of pictures [H, W, 3] for people.
             record_every: a picture after every so many control steps.
-            look: bring back info["observations"], per env a list of what is seen after each control step that ran; for recording demonstrations.
+            look: bring back info["observations"], per env a list of what is seen after each control step that ran; for recording demonstrations. With K > 1 only after
+                every K-th step and the last; the others are None.
         """
         rows = self._idle(None, "step_chunk")
         return self._finish(self._chunk(actions, rows, "step_chunk", record, record_every, look))
 
-    def send(self, actions: Any, slot: int = 0, record: Any = None, record_every: int = 1, look: bool = False) -> None:
+    def send(self, actions: Any, slot: int = 0, record: Any = None, record_every: int = 1, look: int = 0) -> None:
         """Start `step_chunk` in one slot and return at once; its envs are `slot_envs(slot)`."""
         rows = self._idle(slot, "send")
         self._pending[slot] = self._chunk(actions, rows, "send", record, record_every, look)
@@ -521,7 +522,7 @@ class VectorEnv(BaseVectorEnv):
             raise ValueError(f"{self.card.id} has no scripted expert")
         return self._ask("expert", [env for env in rows if not self._over[env] and env not in self._lost], rows)
 
-    def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int, look: bool = False) -> Exchange:
+    def _chunk(self, actions: Any, rows: range, where: str, record: Any, record_every: int, look: int = 0) -> Exchange:
         """Check the arguments and start the chunk."""
         chunks, clipped = self._checked_chunks(actions, rows, where)
         recorded = checked_mask(False if record is None else record, len(rows), "record")

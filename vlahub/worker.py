@@ -102,7 +102,7 @@ class Job(NamedTuple):
     actions: bytes = b""  # run: float32 [n, D]; bytes, because arrays take several times as long to pickle
     next_seed: int | None = None  # run: if the episode ends, start the next one with this seed
     record_every: int = 0  # run: a frame after every so many control steps; 0: none
-    look: bool = False  # run: also what is seen after every control step
+    look: int = 0  # run: also what is seen after every so many control steps, and after the last; 0: not
 
 
 class Outcome(NamedTuple):
@@ -226,7 +226,7 @@ class Resident:
 
     def _run(self, job: Job, rows: dict[str, np.ndarray]) -> Reply:
         frames: list[np.ndarray] = []
-        observations: list[Observation] = []
+        observations: list[Observation | None] = []
         steps = 0
 
         def watch() -> None:
@@ -235,7 +235,7 @@ class Resident:
             if job.record_every and steps % job.record_every == 0:
                 frames.append(np.array(self.simulation.render()))
             if job.look:
-                observations.append(own(self.simulation.observe()))
+                observations.append(own(self.simulation.observe()) if steps % job.look == 0 else None)
 
         actions = np.frombuffer(job.actions, np.float32).reshape(-1, self.simulation.interface.action_dim).copy()  # writable
         reward, terminated, truncated, length, info = self.episode.run(actions, watch if job.record_every or job.look else None)
@@ -243,6 +243,8 @@ class Resident:
         if job.record_every:
             info["frames"] = frames
         if job.look:
+            if observations[-1] is None:
+                observations[-1] = own(self.simulation.observe())
             info["observations"] = observations[:length]
             self.seen = observations[-1]  # of the present moment; looking again would draw it twice
         else:

@@ -332,7 +332,7 @@ class Pi0Policy(Accelerated, Policy):
         state = self._normalize(raw, "state")
         if config.state_in_prompt:
             native = state[:, : self.interface.state_dim].cpu().numpy()
-            rows = [self.tokenizer.prompt_with_state(task, numbers) for task, numbers in zip(observation["task_descriptions"], native, strict=True)]
+            rows = self.tokenizer.prompts_with_state(observation["task_descriptions"], native)
         else:
             rows = [self.tokenizer.prompt(task) for task in observation["task_descriptions"]]
         tokens, token_mask = (tensor.to(self.device) for tensor in text.pad(rows, config.max_token_len))

@@ -225,7 +225,7 @@ def openpi_transforms(golden: Golden) -> Iterator[Check]:
         if kind == "pi0":
             row = tokenizer.prompt(entry["prompt"])
         else:
-            row = tokenizer.prompt_with_state(entry["prompt"], given[f"pi05_state_{i}"].numpy())
+            row = tokenizer.prompts_with_state([entry["prompt"]], given[f"pi05_state_{i}"].numpy()[None])[0]
             yield Check(f"pi05_decoded_{i}", tokenizer.decode(row[: entry["max_len"]]), entry["decoded"])
         tokens, mask = text.pad([row], entry["max_len"])
         actual[f"{kind}_tokens_{i}"], actual[f"{kind}_mask_{i}"] = tokens[0], mask[0]

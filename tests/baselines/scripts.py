@@ -41,7 +41,7 @@ def fork(words: list[str], ranks: int = 1, seconds: float = 300) -> subprocess.C
         pid = int(forks().stdout.readline())
         late = not select.select([forks().stdout], [], [], seconds)[0]
         if late:
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
         status = int(forks().stdout.readline())
         out, err = (Path(file).read_text() for file in files)
         if late:

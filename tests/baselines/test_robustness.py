@@ -17,7 +17,7 @@ from tests.mlp import MlpPolicy
 from tests.worlds import PointWorld
 from vlahub import catalog, distributed
 from vlahub.distributed import Ranks
-from vlahub.run import Run, advice, arguments, memory_advice
+from vlahub.run import Run, advice, arguments, load_policy, memory_advice
 
 SMALL = {"env_id": "test/Point", "policy": "tiny:test-mlp-gaussian", "num_envs": 2, "num_chunks": 4, "num_minibatches": 2, "eval_every": 0, "workers": 1}
 CPU = Ranks(0, 1, 0, torch.device("cpu"))
@@ -209,6 +209,14 @@ if __name__ == "__main__":
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=HERE)
     assert done.returncode != 0 and time.time() - (tmp_path / "died").stat().st_mtime < 60, "all ranks are gone within a minute"
     assert "Root Cause" in done.stderr and ("the roof came down on rank 1" in done.stderr if how == "raises" else "SIGKILL" in done.stderr), done.stderr[-3000:]
+
+
+def test_only_what_is_named_trains():
+    args = ppo.Args(env_id="test/Point", policy="tiny:test-mlp-gaussian", train_only=("actor.4", "log_std"))
+    policy = load_policy(args, PointWorld().interface)
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == {"log_std", "actor.4.weight", "actor.4.bias"}
+    with pytest.raises(ValueError, match="no parameter of tiny:test-mlp-gaussian begins with 'head'; they begin with log_std, actor.0"):
+        load_policy(dataclasses.replace(args, train_only=("head",)), PointWorld().interface)
 
 
 def test_a_checkpoint_of_another_policy_is_refused(tmp_path):

@@ -53,13 +53,26 @@ def test_a_tiny_model_is_trained_reported_and_becomes_an_environment(tmp_path):
     write(tmp_path / "data")
     few = {f"{stage}_iterations": 2 for stage in world_model.STAGES} | {f"{stage}_batch": 4 for stage in world_model.STAGES}
     args = Args(
-        dataset=(str(tmp_path / "data"),), out=str(tmp_path), name="run", device="cpu", **few, held_out=0.3, imagined_clips=2, report_chunks=1, videos=1
+        dataset=(str(tmp_path / "data"),),
+        out=str(tmp_path),
+        name="run",
+        device="cpu",
+        **few,
+        held_out=0.3,
+        imagined_clips=2,
+        report_chunks=1,
+        videos=1,
+        snapshot_seconds=1e-9,
     )
     main(args)
     found = json.loads((tmp_path / "run/report.json").read_text())
     assert 0 < found["one_chunk_imagined"]["psnr"] < found["one_chunk_frozen"]["psnr"] + 60 and found["rollout"]["episodes"] == 1
     assert (tmp_path / "run/side_by_side_0.mp4").stat().st_size > 0
     release = tmp_path / "run/release"
+    snapshot, released = (WorldModel.from_pretrained(str(tmp_path / "run" / name)).state_dict() for name in ("snapshot", "release"))
+    for name, tensor in snapshot.items():  # the last one was taken after the last step
+        if name.startswith("model.diffusion_model."):
+            torch.testing.assert_close(tensor, released[name])
     assert (release / "model.safetensors").stat().st_size <= 8e6
     env = EvacVectorEnv(num_envs=2, model=release)
     observation, info = env.reset(seed=0, options={"task": [0, 1]})
@@ -69,6 +82,28 @@ def test_a_tiny_model_is_trained_reported_and_becomes_an_environment(tmp_path):
         main(args)
     main(arguments(Args, "", ["--resume", str(tmp_path / "run")]))  # nothing is left to train; the report is written again
     assert json.loads((tmp_path / "run/report.json").read_text()) == found
+
+
+def test_a_dataset_that_grows_keeps_its_held_out_starts(tmp_path):
+    for name, episodes in (("few", 12), ("many", 24)):
+        write(tmp_path / name, episodes)
+    few, many = (read_episodes([str(tmp_path / name)], held_out=0.25, seed=3) for name in ("few", "many"))
+    np.testing.assert_array_equal(few.held_out, many.held_out[: 12 * 12])
+    assert 0 < few.held_out.sum() < 12 * 12
+
+
+def test_training_begins_with_given_weights(tmp_path):
+    write(tmp_path / "data", 1)
+    data = read_episodes([str(tmp_path / "data")], 0.5, 0)
+    fresh = world_model.make_model(Args(seed=1), data, tmp_path)
+    fresh.save_pretrained(str(tmp_path / "model"))
+    again = world_model.make_model(Args(seed=2, init=str(tmp_path / "model")), data, tmp_path)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, fresh.state_dict()[name])
+    with pytest.raises(ValueError, match="differs from the model .* in chunk, image_resampler"):
+        world_model.make_model(Args(init=str(tmp_path / "model"), chunk=4), data, tmp_path)
+    with pytest.raises(ValueError, match="--init is for fresh models"):
+        world_model.make_model(Args(init=str(tmp_path / "model"), model=str(tmp_path / "model")), data, tmp_path)
 
 
 def test_bad_data_is_named(tmp_path):

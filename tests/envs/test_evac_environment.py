@@ -1,5 +1,7 @@
 """Imagined worlds: the vector contract, episodes, poses, and bad input."""
 
+import dataclasses
+
 import gymnasium
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from vlahub.env import Env
 from vlahub.observation import select, validate
 from vlahub_envs.evac import start_states
 from vlahub_envs.evac.environment import EvacVectorEnv
+from vlahub_envs.evac.model import WorldModel
 from vlahub_envs.evac.simulation import Imagination, alone, starts_of, state_of
 from vlahub_envs.evac.start_states import StartState, StartStateError, StartStates
 
@@ -89,6 +92,25 @@ def test_states_are_the_poses_that_the_converter_has_reached():
         result = env.step_chunk(given)
         pose = env.imagination.model.action_predictor.chain(torch.from_numpy(given), pose)[:, -1]
         np.testing.assert_allclose(result.observation["states"][0], state_of(pose[0].numpy(), CONFIG), atol=1e-6)
+
+
+def test_the_hand_keeps_its_momentum_from_chunk_to_chunk():
+    torch.manual_seed(0)
+    model = WorldModel(dataclasses.replace(CONFIG, converter_motion=True)).eval().requires_grad_(False)
+    model.reward_model.net[-1].weight.zero_()
+    model.reward_model.net[-1].bias.fill_(-9.0)
+    model.action_predictor.motion_std.fill_(0.05)
+    env = EvacVectorEnv(num_envs=1, model=model, starts=STARTS, denoising_steps=1)
+    env.reset(seed=0, options={"task": 0, "trial": 1})
+    given = np.concatenate([actions(1, seed=seed) for seed in range(2)], axis=1)
+    whole = model.action_predictor.chain(torch.from_numpy(given), torch.from_numpy(STARTS.choose(0, 0, 1).pose)[None])
+    for part in (slice(0, 1), slice(1, CHUNK), slice(CHUNK, 2 * CHUNK)):  # a single step, the rest of a chunk, a whole one
+        result = env.step_chunk(given[:, part])
+        np.testing.assert_allclose(result.observation["states"][0], state_of(whole[0, part.stop - 1].numpy(), CONFIG), atol=1e-5)
+    still = model.action_predictor.chain(torch.from_numpy(given[:, CHUNK:]), whole[:, CHUNK - 1])  # as if the hand had stopped between the chunks
+    assert (still - whole[:, CHUNK:]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="cannot run in that loop"):
+        model.action_predictor.chain(torch.from_numpy(given), whole[:, 0], normalised=False)
 
 
 def test_poses_become_liberos_state():
@@ -408,14 +430,27 @@ def test_start_state_files_round_trip(tmp_path):
     assert [(s.task, s.trial, s.text) for s in again] == [(s.task, s.trial, s.text) for s in STARTS]
     np.testing.assert_array_equal(again[4].image, STARTS[4].image)
     np.testing.assert_array_equal(again[4].pose, STARTS[4].pose)
+    flat = np.full_like(IMAGE, 120)
+    start_states.write(StartStates([StartState(flat, POSE, "go", task=0, trial=7)]), tmp_path / "small.safetensors", quality=90)
+    np.testing.assert_allclose(start_states.read(tmp_path / "small.safetensors")[0].image, flat, atol=2)
 
 
 def test_a_start_state_file_with_other_keys_is_named(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"frames": np.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(StartStateError, match=r"has the entries frames; a start-state file has images, poses, tasks, trials and metadata\['texts'\]"):
+    with pytest.raises(StartStateError, match=r"has the entries frames; a start-state file has pictures, sizes, poses, tasks, trials and metadata\['texts'\]"):
         start_states.read(tmp_path / "other.safetensors")
+    start_states.write(STARTS, tmp_path / "whole.safetensors")
+    from safetensors.numpy import load_file
+
+    broken = {**load_file(tmp_path / "whole.safetensors"), "sizes": np.array([1] * len(STARTS))}
+    save_file(broken, tmp_path / "broken.safetensors", metadata={"texts": '["a", "b", "c", "d", "e", "f"]'})
+    with pytest.raises(StartStateError, match="do not belong together"):
+        start_states.read(tmp_path / "broken.safetensors")
+    save_file({**broken, "pictures": np.zeros(len(STARTS), np.uint8)}, tmp_path / "broken.safetensors", metadata={"texts": '["a", "b", "c", "d", "e", "f"]'})
+    with pytest.raises(StartStateError, match="a picture that cannot be read"):
+        start_states.read(tmp_path / "broken.safetensors")
     with pytest.raises(StartStateError, match="not a readable start-state file"):
         start_states.read(tmp_path / "missing.safetensors")
     with pytest.raises(StartStateError, match="without a gap"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, tiny
-from vlahub_envs.evac import checkpoint
+from vlahub_envs.evac import checkpoint, unet
 from vlahub_envs.evac.acceleration import Inputs, denoise, lay_out, size_for
 from vlahub_envs.evac.clip import clip_pixels
 from vlahub_envs.evac.model import AGIBOT, WorldModelConfig, memory_rows
 from vlahub_envs.evac.schedule import Schedule, ScheduleConfig, guided, sample
-from vlahub_envs.evac.unet import GroupNorm
+from vlahub_envs.evac.unet import GroupNorm, attend, attend_packed
 
 MEMORY = CONFIG.memory
 
@@ -252,3 +252,37 @@ def test_the_layout_of_the_weights_changes_nothing():
     assert model.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
     for a, b in zip((model.network(made, MEMORY)(x, 500), model.decode(x)), wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [16, 12, 7, 1])
+def test_rows_that_share_a_tile_do_not_see_each_other(rows):
+    q, k, v = (torch.randn(rows, 12, 3, 16, generator=torch.Generator().manual_seed(i)).transpose(1, 2) for i in range(3))
+    torch.testing.assert_close(attend_packed(q, k, v), attend(q, k, v))
+
+
+def test_very_many_rows_are_attended_to_in_parts(monkeypatch):
+    q, k, v = (torch.randn(7, 12, 3, 16).transpose(1, 2).requires_grad_() for _ in range(3))
+    whole = attend(q, k, v)
+    (gradient,) = torch.autograd.grad(whole.sum(), q)
+    monkeypatch.setattr(unet, "MOST_ROWS", 3)
+    calls = []
+    inner = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: calls.append(len(q)) or inner(q, k, v))
+    torch.testing.assert_close(attend(q, k, v), whole)
+    torch.testing.assert_close(torch.autograd.grad(attend(q, k, v).sum(), q)[0], gradient)
+    assert calls == [3, 3, 1] * 2
+
+
+def test_training_never_packs(monkeypatch):
+    """Packing needs a mask, and not every backend has a backward pass for one."""
+
+    def refuse(*given):
+        raise AssertionError("packed")
+
+    monkeypatch.setattr(unet, "attend_packed", refuse)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    attention = unet.Attention(32, 2, short=True)
+    rows = torch.randn(4, 12, 32)
+    attention(rows).sum().backward()
+    with torch.no_grad(), pytest.raises(AssertionError, match="packed"):
+        attention(rows)

@@ -272,6 +272,16 @@ def test_stand_ins_have_the_official_bounding_box(name):
         assert model.body_mass.sum() == pytest.approx(thing.mass, rel=1e-4)
 
 
+def test_a_start_with_a_packet_beside_the_bowls_foot_settles():
+    scene = scenes.Scene(upstream.tasks("90")[0], assets.find("stand-in")[1], (32, 32), (32, 32))
+    scene.reset(seed=14, trial=14, settle=0, settle_grip=-1.0)
+    bodies = [scene.env.obj_body_id[name] for name in ("akita_black_bowl_1", "chocolate_pudding_1")]
+    start = scene.data.xpos[bodies].copy()
+    for _ in range(20):
+        scene.step(np.array([0.0] * 6 + [-1.0]))
+    assert np.abs(scene.data.xpos[bodies] - start).max() < 0.12  # a foot as wide as it shows throws both off the table
+
+
 def test_the_official_release_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("VLAHUB_ASSETS", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -320,11 +330,21 @@ def test_bad_arguments_are_named(options, words):
 
 
 def test_bad_tasks_and_trials_are_named(env):
-    for options, words in (({"task": 10}, "task 10 is out of range; valid are 0 to 9"), ({"trial": 50}, "trial 50 is out of range; valid are 0 to 49")):
-        with pytest.raises(ValueError, match=words):
+    for options, error, words in (
+        ({"task": 10}, ValueError, "task 10 is out of range; valid are 0 to 9\n    0 pick_up_the_black_bowl_between_the_plate"),
+        ({"trial": 50}, ValueError, "trial 50 is out of range; valid are 0 to 49$"),
+        (
+            {"task": "turn the stove on"},
+            TypeError,
+            r"task must be a whole number, not 'turn the stove on'; valid are 0 to 9\n(.*\n)+    7 pick_up_.*on_the_stove",
+        ),
+        ({"task": True}, TypeError, "task must be a whole number, not True"),
+        ({"trial": 1.0}, TypeError, "trial must be a whole number, not 1.0; valid are 0 to 49"),
+    ):
+        with pytest.raises(error, match=words):
             env.reset(seed=0, options=options)
-    with pytest.raises(TypeError, match="task must be a whole number"):
-        env.reset(seed=0, options={"task": "stove"})
+    with pytest.raises(TypeError, match="valid are 0 to 89\n(.*\n)*    35 KITCHEN_SCENE7_open_the_microwave"):
+        gym.make("vlahub/LIBERO-90", task="KITCHEN_SCENE7 open microwave")
 
 
 def test_no_gl_says_what_to_install(monkeypatch):

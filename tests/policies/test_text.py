@@ -12,7 +12,7 @@ def test_prompts():
     tokenizer = text.bundled()
     ids = tokenizer.prompt("  pick_up the\nbowl ")
     assert ids[0] == 2 and tokenizer.decode(ids) == "pick up the bowl\n"
-    assert tokenizer.decode(tokenizer.prompt_with_state("lift", np.array([-1.5, -1.0, 0.0, 2.0]))) == "Task: lift, State: -1 0 128 255;\nAction: "
+    assert tokenizer.decode(tokenizer.prompts_with_state(["lift"], np.array([[-1.5, -1.0, 0.0, 2.0]]))[0]) == "Task: lift, State: -1 0 128 255;\nAction: "
     assert tokenizer.decode(tokenizer.prompt("打开 the ünknown drawer")) == "打开 the ünknown drawer\n"
 
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_json_gives_the_same_prompts(tmp_path):
     for task in ("pick up the black bowl and place it on the plate", "打开 the ünknown  drawer 17", "grab_it\nnow"):
         assert fast.prompt(task) == model.prompt(task)
         state = np.linspace(-1.2, 1.2, 8)
-        assert fast.prompt_with_state(task, state) == model.prompt_with_state(task, state)
+        assert fast.prompts_with_state([task, "lift"], np.stack([state] * 2)) == model.prompts_with_state([task, "lift"], np.stack([state] * 2))
     assert copy.deepcopy(fast).prompt("lift") == fast.prompt("lift") and fast.decode(fast.prompt("lift")) == "lift\n"
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from vlahub_envs.evac.unet import Context, VideoUNet
 
 Acceleration = Literal["off", "graph", "compile"]
-KEPT = 6  # graphs of different batch sizes that are kept
+KEPT = 16  # graphs of different batch sizes that are kept: as worlds finish one by one, an iteration passes through all sizes from 128 to 1
 
 
 @dataclass

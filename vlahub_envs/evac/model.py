@@ -61,6 +61,7 @@ class WorldModelConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     reward_widths: tuple[int, ...] | None = (64, 128, 256, 512)  # None: no success classifier, so no environment
     converter_hidden: tuple[int, ...] | None = (64, 64)  # None: no action converter; poses must be given
+    converter_motion: bool = False  # the converter knows how the hand moves already (actions.py); the published one does not
     action_dim: int = 7
     gripper_open: float = -1.0  # the pose's gripper number when fully open ...
     gripper_closed: float = 1.0  # ... and when closed; the published data's are not documented, these are LIBERO's action signs
@@ -128,6 +129,7 @@ def tiny_config(height: int, width: int, chunk: int, camera: Mapping[str, Any], 
         "action_resampler": resampler(ACTION_ROW, 16),
         "reward_widths": (16, 24, 32, 48),
         "converter_hidden": (128, 128),
+        "converter_motion": True,
         "map_radius": max(2, height // 16),
         "map_thickness": 2,
         "denoising_steps": 10,
@@ -163,7 +165,9 @@ class WorldModel(nn.Module):
         self.embedder = ImageEmbedder(config.clip)
         self.image_proj_model = Resampler(config.image_resampler)
         self.reward_model = None if config.reward_widths is None else RewardClassifier(config.reward_widths)
-        self.action_predictor = None if config.converter_hidden is None else ActionConverter(config.action_dim, config.converter_hidden)
+        self.action_predictor = (
+            None if config.converter_hidden is None else ActionConverter(config.action_dim, config.converter_hidden, config.converter_motion)
+        )
         self.schedule = Schedule(config.schedule)
         self.accelerated: Accelerated | None = None
 

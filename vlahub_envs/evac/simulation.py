@@ -245,16 +245,17 @@ class Imagination:
     def poses(self, worlds: list[Evac], actions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Poses reached after each action [k, c, 8], poses between which the action rows are taken [k, c + 1, 8], and poses drawn in the maps [k, c, 8]."""
         before = np.stack([world.pose for world in worlds])
-        reached = self.convert(before, actions, normalised=True)
+        reached = self.convert(before, actions, normalised=True, last=np.stack([world.motion for world in worlds]))
         for i, given in enumerate(actions):
             reached[i, len(given) :] = reached[i, len(given) - 1]  # at rest
         return reached, np.concatenate([before[:, None], reached], axis=1), reached
 
-    def convert(self, before: np.ndarray, actions: list[np.ndarray], normalised: bool) -> np.ndarray:
-        """Poses [k, 8] and actions, per world [n, D] with n <= c -> the pose after each action [k, c, 8]; rows beyond n are of no use."""
+    def convert(self, before: np.ndarray, actions: list[np.ndarray], normalised: bool, last: np.ndarray | None = None) -> np.ndarray:
+        """Poses [k, 8], their last changes and actions, per world [n, D] with n <= c -> the pose after each action [k, c, 8]; rows beyond n are of no use."""
         c, device = self.config.chunk, self.model.device
         padded = np.stack([np.concatenate([given, np.zeros((c - len(given), given.shape[1]), given.dtype)]) for given in actions])
-        return self.model.action_predictor.chain(torch.from_numpy(padded).to(device), torch.from_numpy(before).to(device), normalised).cpu().numpy()
+        rows, poses, motion = (None if given is None else torch.from_numpy(given).to(device) for given in (padded, before, last))
+        return self.model.action_predictor.chain(rows, poses, normalised, motion).cpu().numpy()
 
     def tokens(self, world: Evac) -> torch.Tensor:
         """Image tokens [tokens, context_dim] that a world is shown: of its first frame."""
@@ -324,6 +325,7 @@ class Evac:
         else:
             start = self.imagination.starts.choose(seed, options.get("task"), options.get("trial"))
         self.start, self.pose, self.outcomes = start, start.pose.astype(np.float32), None
+        self.motion = np.zeros_like(self.pose)  # the change of the pose in the last control step
         image = start.image
         self.frame = image if image.dtype == np.uint8 else to_uint8(torch.from_numpy(image)).numpy()
         self.latents = self.image_tokens = None
@@ -348,6 +350,7 @@ class Evac:
         """Book imagined steps, up to the first success: frames [n, H, W, 3], poses [n, 8], success probabilities [n]."""
         success = probability > self.imagination.threshold
         n = int(success.argmax()) + 1 if success.any() else len(success)
+        self.motion = poses[n - 1] - (poses[n - 2] if n > 1 else self.pose)
         self.frame, self.pose = frames[n - 1], poses[n - 1]
         before = self.outcomes  # of the model chunks before, where there are more actions than one holds
         if before is None:

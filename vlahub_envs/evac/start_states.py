@@ -6,6 +6,7 @@ starts = read("world_model_buffer/libero_spatial")   # the published folder of *
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from vlahub_envs.evac.actions import POSE
 
 FILE = "starts.safetensors"  # in a folder of weights: the start states that belong to them
-TENSORS = ("images", "poses", "tasks", "trials")
+# in the file: the bytes of all pictures (PNG or JPEG, about a third or a tenth of the pixels) behind each other, and how many each has
+TENSORS = ("pictures", "sizes", "poses", "tasks", "trials")
 TEXTS = "texts"  # in the file's metadata: a JSON list with the instruction of every task
 
 
@@ -152,12 +155,17 @@ def read(path: str | Path) -> StartStates:
             if keys != set(TENSORS) or TEXTS not in metadata:
                 found = sorted(keys | {f"metadata[{name!r}]" for name in metadata})
                 raise StartStateError(f"{path} has the entries {', '.join(found)}; a start-state file has {', '.join(TENSORS)} and metadata[{TEXTS!r}]")
-            images, poses, tasks, trials = (file.get_tensor(name) for name in TENSORS)
+            pictures, sizes, poses, tasks, trials = (file.get_tensor(name) for name in TENSORS)
             texts = json.loads(metadata[TEXTS])
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StartStateError(f"{path} is not a readable start-state file: {error}") from error
-    if not len(images) == len(poses) == len(tasks) == len(trials) or tasks.max(initial=-1) >= len(texts):
-        raise StartStateError(f"{path}: {len(images)} images, {len(poses)} poses, {len(tasks)} tasks and {len(trials)} trials do not belong together")
+    counts = len(sizes), len(poses), len(tasks), len(trials)
+    if len(set(counts)) > 1 or sizes.sum() != len(pictures) or tasks.max(initial=-1) >= len(texts):
+        raise StartStateError("{}: {} pictures, {} poses, {} tasks and {} trials do not belong together".format(path, *counts))
+    try:
+        images = [np.array(Image.open(io.BytesIO(part.tobytes())).convert("RGB")) for part in np.split(pictures, np.cumsum(sizes)[:-1])]
+    except OSError as error:
+        raise StartStateError(f"{path} holds a picture that cannot be read: {error}") from error
     return StartStates(
         [
             StartState(image, np.asarray(pose, np.float32), texts[task], int(task), int(trial))
@@ -166,14 +174,20 @@ def read(path: str | Path) -> StartStates:
     )
 
 
-def write(starts: StartStates, path: str | Path) -> None:
-    """Write our file. Images must be uint8."""
+def write(starts: StartStates, path: str | Path, quality: int = 0) -> None:
+    """Write our file. Images must be uint8; they are kept as PNG, or as JPEG of this `quality`, which takes a quarter of the room."""
     from safetensors.numpy import save_file
 
     if any(state.image.dtype != np.uint8 for state in starts):
         raise StartStateError("a start-state file holds uint8 images; round resized ones first")
+    pictures = []
+    for state in starts:
+        buffer = io.BytesIO()
+        Image.fromarray(state.image).save(buffer, **({"format": "JPEG", "quality": quality} if quality else {"format": "PNG"}))
+        pictures.append(np.frombuffer(buffer.getvalue(), np.uint8))
     columns = {
-        "images": np.stack([state.image for state in starts]),
+        "pictures": np.concatenate(pictures),
+        "sizes": np.array([len(picture) for picture in pictures], np.int64),
         "poses": np.stack([state.pose for state in starts]).astype(np.float32),
         "tasks": np.array([state.task for state in starts], np.int64),
         "trials": np.array([state.trial for state in starts], np.int64),

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+MOST_ROWS = 32768  # of a call of `attend`: on an H200 cuDNN's backward pass ran with these and failed with 65,536, which 256 clips in training have
+PACKED = 8  # rows of `attend_packed` in a tile: 96 tokens of 12 frames
+
 Context = list[tuple[torch.Tensor, torch.Tensor]]  # per spatial block: keys and values, each [b, heads, tokens, head width]
 
 
@@ -37,7 +40,22 @@ class UNetConfig:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[b, heads, queries, d] x [b, heads, keys, d] -> [b, queries, heads*d]"""
+    if len(q) > MOST_ROWS:
+        return torch.cat([attend(*part) for part in zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), strict=True)])
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention among the few tokens of very many rows, [n, heads, tokens, d] -> [n, tokens, heads*d].
+
+    A GPU's kernels give each row and head a tile of 64 or 128 tokens, of which 12 frames fill little: this took a fifth of the compiled network's time. Here
+    several rows share a tile, kept apart by a mask."""
+    n, heads, tokens, d = q.shape
+    rows = math.gcd(n, PACKED)
+    at = torch.arange(rows * tokens, device=q.device) // tokens
+    apart = torch.zeros((), dtype=q.dtype, device=q.device).where(at[:, None] == at, -torch.inf)
+    q, k, v = (x.transpose(1, 2).reshape(n // rows, rows * tokens, heads, d).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, apart).transpose(1, 2).reshape(n, tokens, heads * d)
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -62,11 +80,12 @@ class Attention(nn.Module):
 
     `context_dim` switches on the published key and value weights for image (`_ip`) and action (`_tp`) tokens. Of the pairs to_k/to_v, _ip and _tp a context
     block uses exactly one (`source`); the others are in every checkpoint and are kept so that loading stays strict.
+    `short`: the attention is among few tokens (see `attend_packed`).
     """
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None, source: str = ""):
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, source: str = "", short: bool = False):
         super().__init__()
-        self.heads, self.source = heads, source
+        self.heads, self.source, self.short = heads, source, short
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
@@ -85,7 +104,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         q = split_heads(self.to_q(x), self.heads)
         k, v = context or (split_heads(self.to_k(x), self.heads), split_heads(self.to_v(x), self.heads))
-        return self.to_out(attend(q, k, v))
+        packed = self.short and q.is_cuda and not torch.is_grad_enabled()
+        return self.to_out((attend_packed if packed else attend)(q, k, v))
 
 
 class GEGLU(nn.Module):
@@ -108,11 +128,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None, source: str = ""):
+    def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None, source: str = "", short: bool = False):
         super().__init__()
-        self.attn1 = Attention(dim, heads)
+        self.attn1 = Attention(dim, heads, short=short)
         self.ff = FeedForward(dim, dropout)
-        self.attn2 = Attention(dim, heads, context_dim, source)
+        self.attn2 = Attention(dim, heads, context_dim, source, short)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
 
@@ -165,7 +185,7 @@ class TemporalTransformer(nn.Module):
         self.norm = GroupNorm(channels, eps=1e-6)
         # the first one of the network is published as 1x1 convolutions ([out, in, 1]), the others as matrices
         self.proj_in = nn.Conv1d(channels, inner, 1) if convolutional else nn.Linear(channels, inner)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, dropout)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, dropout, short=True)])
         self.proj_out = nn.Conv1d(inner, channels, 1) if convolutional else nn.Linear(inner, channels)
 
     def forward(self, x: torch.Tensor, frames: int, views: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from vlahub_envs.libero import grasps
-from vlahub_envs.libero.grasps import TIP, Arm, Grasp, Matter, Pose
+from vlahub_envs.libero.grasps import CLEARANCE, TIP, Arm, Grasp, Matter, Pose
 from vlahub_envs.libero.simulation import Libero
 
 OPEN, CLOSED = -1.0, 1.0  # the gripper's number in an action
@@ -33,6 +33,8 @@ REACH = 0.69  # m from the shoulder to the wrist; at 0.719 the elbow is straight
 SLOW = (0.62, 0.71, 0.35)  # with the wrist further than the first number the hand moves outwards slower, as it could overshoot
 ARRIVED = (0.006, 0.06)  # m and rad
 OVERSHOOT = 0.006  # m that a hand arrives too far; at a drawer's front a finger would be caught, and not close
+SLIDE = 0.02  # m that a sliding hand is ahead of itself; a faster one rides up the rim that it pushes
+BESIDE = 0.03  # m before the face that is to be pushed
 LOST = 2  # steps without touching what it carries or moves, after which the hand lets go
 PATIENCE = 60  # steps in which a movement must have ended
 FIRM = (0.021, 0.4)  # m between the tip of the fingers and the top of an object, or parts of its height, from which a grasp holds a leaning wall
@@ -40,28 +42,31 @@ TIPPED = 0.1  # rad that an object may tip while the hand comes
 FLAT = 0.03  # m: what is lower and cannot be grasped is slid
 DOWN = np.array([0.0, 0.0, -1.0])
 
-SOLVED = ("libero_spatial", "libero_object", "libero_goal")  # suites whose every task was measured; see docs/libero.md
+# of each suite the tasks that were measured; see docs/libero.md
+SOLVED = {"libero_spatial": range(10), "libero_object": range(10), "libero_goal": range(10), "libero_10": (0, 1, 3, 4, 6, 7)}
 START = Rotation.from_matrix([[0, 1, 0], [1, 0, 0], [0, 0, -1]])  # of the hand, at an episode's start
 
 
 class Unreachable(RuntimeError):
-    """Nothing that has to be grasped is within the arm's reach. The episode counts as unsolved."""
+    """Something that has to be grasped is not within the arm's reach, or no skill leads to the goal. The episode counts as unsolved."""
 
 
 class ScriptedExpert:
     """The expert of whatever task the simulation runs."""
 
-    def __init__(self, simulation: Libero):
-        self.simulation = simulation
+    def __init__(self, simulation: Libero, untried: bool = False):
+        self.simulation, self.untried = simulation, untried  # untried: also try tasks that are not known to be solved
         self.failure = ""  # why it gave up, if it did
 
     def reset(self) -> None:
         scene = self.simulation.scene
         if scene is None:
             raise RuntimeError("no episode was started: call the simulation's reset() before the expert's")
-        if scene.task.suite not in SOLVED:
-            known = ", ".join(f"LIBERO-{suite.removeprefix('libero_').capitalize()}" for suite in SOLVED)
-            raise ValueError(f"the expert does not know task {scene.task.name!r} of {scene.task.suite}; it solves the tasks of {known}")
+        if not self.untried and scene.task.number not in SOLVED.get(scene.task.suite, ()):
+            known = "; ".join(f"LIBERO-{suite.removeprefix('libero_').capitalize()}: {', '.join(map(str, tasks))}" for suite, tasks in SOLVED.items())
+            raise ValueError(
+                f"the expert does not know task {scene.task.name!r} of {scene.task.suite}; the tasks that it solves are, of {known} (`task=` makes an environment of one task)"
+            )
         self.scene, self.env, self.model, self.data = scene, scene.env, scene.model, scene.data
         self.arm = Arm(scene)
         self.bodies = {name: np.flatnonzero(self.model.body_rootid == body) for name, body in self.env.obj_body_id.items()}
@@ -84,10 +89,12 @@ class ScriptedExpert:
     # -------------------------------------------------------------------------------------------- goals
 
     def _solve(self) -> Iterator[np.ndarray]:
-        skills = {"on": self._put, "in": self._put, "open": self._open, "turnon": self._turn_on}
+        skills = {"on": self._put, "in": self._put, "open": self._open, "close": self._close, "turnon": self._turn_on}
         while True:
             left = [goal for goal in self.env.parsed_problem["goal_state"] if not self.env._eval_predicate(goal)]
-            for predicate, *names in left:  # a skill that did not work is tried again
+            for predicate, *names in sorted(left, key=lambda goal: goal[0] == "close"):  # a skill that did not work is tried again
+                if predicate not in skills:
+                    raise Unreachable(f"no skill makes {' '.join(names)} {predicate!r}")
                 yield from skills[predicate](*names)
             if not left:
                 yield self._towards(*self._hand())
@@ -102,27 +109,36 @@ class ScriptedExpert:
 
     def _bring(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """An object's origin to a point, which may move."""
+        body = self.env.obj_body_id[name]
+        slipped: list[np.ndarray] = []  # points of the object at which it was held and lost
         while True:
-            grasp = self._grasp(name, goal)
-            if grasp is None:
+            position, rotation = self._frame(body)
+            grasp = self._grasp(name, goal, [position + rotation @ point for point in slipped])
+            if grasp is None and not slipped:
                 break
-            if (yield from self._take(grasp, self.env.obj_body_id[name])):
-                yield from self._carry(name, goal)
-                return
+            if grasp is None:
+                slipped.clear()
+            elif (yield from self._take(grasp, body)):
+                if (yield from self._carry(name, goal)):
+                    return
+                slipped.append(rotation.T @ (grasp.position - position))
         if np.ptp(Matter(self.scene, self.bodies[name]).bounds()[:, :, 2]) >= FLAT:
             raise Unreachable(f"the arm can grasp {name} nowhere")
         yield from self._drag(name, goal)
 
-    def _grasp(self, name: str, goal: Callable[[], np.ndarray]) -> Grasp | None:
-        """How to take an object that is to be brought to a point: firmly from above, else firmly with a hand that leans, else by its edge."""
+    def _grasp(self, name: str, goal: Callable[[], np.ndarray], avoid: list[np.ndarray]) -> Grasp | None:
+        """How to take an object that is to be brought to a point: deep from above, else deep with a hand that leans, else less and less deep."""
         body = self.env.obj_body_id[name]
         carry = goal() - self.data.xpos[body]
         low, high = Matter(self.scene, self.bodies[name]).extent(-DOWN)
+        firm = min(FIRM[0], FIRM[1] * (high - low))
         above = self._from_above(body)
-        for firm in (1.0, 0.5, 0.0):
-            least = firm * min(FIRM[0], FIRM[1] * (high - low))
+        for most, least in itertools.pairwise((np.inf, firm, firm / 2, 0.0)):
+            depths = [depth for depth in grasps.DEPTHS if least <= depth < most]
             for orientations in (above, self._tilted(above)):
-                grasp = grasps.find(self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), least)
+                grasp = grasps.find(
+                    self.arm, self.bodies[name], self.data.xipos[body], orientations, lambda at, rotation: (at + carry, rotation), depths, avoid
+                )
                 if grasp is not None:
                     return grasp
         return None
@@ -130,6 +146,12 @@ class ScriptedExpert:
     def _open(self, place: str) -> Iterator[np.ndarray]:
         joint = self._drawer(place)
         yield from self._operate(joint, float(self.model.jnt_range[joint][0]))
+
+    def _close(self, place: str) -> Iterator[np.ndarray]:
+        joint = self._drawer(place)
+        if joint is None:
+            raise Unreachable(f"no skill closes {place}: it is no drawer")
+        yield from self._push(joint, float(self.model.jnt_range[joint][1]))
 
     def _turn_on(self, name: str) -> Iterator[np.ndarray]:
         yield from self._operate(self.model.joint(self.env.get_object(name).joints[0]).id, 1.0)
@@ -165,6 +187,17 @@ class ScriptedExpert:
                 rotation = np.stack([closing, np.cross(towards, closing), towards], axis=1)
                 orientations.append((rotation, float((Rotation.from_matrix(rotation) * START.inv()).magnitude())))
         return orientations
+
+    def _leaning(self, into: np.ndarray, position: np.ndarray) -> np.ndarray | None:
+        """A hand that points down and a little along `into`, which is level, with its fingers side by side as seen from there, and reaches a position."""
+        for lean in np.deg2rad([30, 45, 15]):
+            out = np.cos(lean) * DOWN + np.sin(lean) * into
+            sides = sorted((np.cross(into, DOWN), np.cross(DOWN, into)), key=lambda side: -side @ START.as_matrix()[:, 0])  # the smaller turn first
+            for side in sides:
+                rotation = np.stack([side, np.cross(out, side), out], axis=1)
+                if self.arm.reaches(position, rotation, CLEARANCE):
+                    return rotation
+        return None
 
     def _take(self, grasp: Grasp, body: int) -> Generator[np.ndarray, None, bool]:
         """Go to the grasp, which moves with the body, and close the gripper. -> False if the body tips on the way, so that another grasp is needed."""
@@ -208,8 +241,10 @@ class ScriptedExpert:
             position = position - out * min(back, STEEP * max(0.0, aside - 0.004) + 0.15 * max(0.0, angle - ARRIVED[1]))
             yield self._towards(position, rotation)
 
-    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
-        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go."""
+    def _carry(self, name: str, goal: Callable[[], np.ndarray]) -> Generator[np.ndarray, None, bool]:
+        """Bring what the gripper holds to a point, over what stands in the way, and lower it until it is there or gets no lower; then let go.
+
+        -> False if it slips away."""
         body = self.env.obj_body_id[name]
         own = set(self.bodies[name])
         _, rotation = self._hand()
@@ -238,6 +273,7 @@ class ScriptedExpert:
                     break
             yield self._towards(hand + shift, rotation)
         yield from self._let_go()
+        return lost <= LOST
 
     def _let_go(self) -> Iterator[np.ndarray]:
         """Open the gripper and go back a little."""
@@ -251,21 +287,30 @@ class ScriptedExpert:
     def _drag(self, name: str, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         """Slide something that is too flat to be grasped: closed fingers in its middle push its rim from within."""
         body = self.env.obj_body_id[name]
-        rotation = START.as_matrix()
 
-        def target() -> Pose:
+        def place() -> np.ndarray:
             middle = self.data.xpos[body].copy()
             surface = Matter(self.scene, self.bodies[name]).along(middle, -DOWN)[-1][1]
-            return middle - (surface + TIP + 0.002) * DOWN, rotation
+            return middle - (surface + TIP + 0.002) * DOWN
+
+        # a little higher, because the open fingers with which it is tried would touch the rim
+        free = (rotation for rotation, _ in sorted(self._from_above(body), key=lambda o: o[1]) if self.arm.reaches(place() - 0.02 * DOWN, rotation, 0.01))
+        rotation = next(free, None)
+        if rotation is None:
+            raise Unreachable(f"the arm can neither grasp nor slide {name}")
+
+        def target() -> Pose:
+            return place(), rotation
 
         self.grip = CLOSED
         yield from self._approach(target)
         for _ in range(2 * PATIENCE):
             left = (goal() - self.data.xpos[body])[:2]
-            if np.linalg.norm(left) < 0.005:
-                break
             hand = self._hand()[0]
-            yield self._towards(np.append(hand[:2] + left, target()[0][2]), rotation)
+            if np.linalg.norm(left) < 0.005 or np.linalg.norm((hand - self.data.xpos[body])[:2]) > self._radius(name):
+                break
+            push = left * min(1.0, SLIDE / float(np.linalg.norm(left)))
+            yield self._towards(np.append(hand[:2] + push, target()[0][2]), rotation)
         for _ in range(8):
             yield self._towards(self._hand()[0] - 0.1 * DOWN, rotation)
 
@@ -298,6 +343,30 @@ class ScriptedExpert:
                 break
             position, rotation = self._hand()
             yield self._towards(*led(position, grasp.rotation if slides else rotation, left if slides else np.clip(left, -0.4, 0.4)))
+        yield from self._let_go()
+
+    def _push(self, joint: int, goal: float) -> Iterator[np.ndarray]:
+        """Push a drawer shut by its handle: closed fingers side by side, the hand leaning so that nothing else comes near the cabinet."""
+        body = np.array([self.model.jnt_bodyid[joint]])
+        into = self.data.xaxis[joint].copy()
+
+        def ahead(way: float) -> np.ndarray:
+            """The point so far behind the middle of the drawer's foremost face."""
+            part = Matter(self.scene, body)
+            reach = (np.abs(into @ part.axes) * part.halves).sum(axis=1) - part.centres @ into  # [geoms] how far each comes out
+            foremost = reach.argmax()
+            return part.centres[foremost] + (way - reach[foremost] - part.centres[foremost] @ into) * into
+
+        self.grip = CLOSED
+        rotation = self._leaning(into, ahead(-BESIDE))
+        if rotation is None:
+            raise Unreachable(f"the arm cannot push {self.model.body(int(body[0])).name}")
+        yield from self._approach(lambda: (ahead(-BESIDE), rotation))
+        for _ in range(2 * PATIENCE):
+            left = goal - float(self.data.qpos[self.model.jnt_qposadr[joint]])
+            if left < 0.003:
+                break
+            yield self._towards(ahead(min(left, SLIDE)), rotation)
         yield from self._let_go()
 
     # -------------------------------------------------------------------------------------------- geometry and control

@@ -7,7 +7,7 @@ stretch of matter that fits between the open fingers, at a place that the arm re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mujoco
@@ -32,6 +32,7 @@ EASY = 0.7  # m from the robot's foot up to which the arm is not nearly straight
 LONGEST = 0.95  # m from the shoulder to the grip site, with everything straight
 SPARE = 0.2  # rad that joints stay away from their ends
 ELBOW = (-2.8, -1.0)  # rad: at -0.47 the wrist is straight away from the shoulder; beyond, the elbow bends the wrong way and the arm is stuck
+ELSEWHERE = 0.02  # m from where it slipped
 SAME_FACE = 0.003  # matter across a gap as narrow as this counts as one piece
 
 
@@ -73,26 +74,35 @@ class Matter:
         reach = np.einsum("nij,nj->ni", np.abs(self.axes), self.halves)
         return np.stack([self.centres - reach, self.centres + reach], axis=1)
 
+    def _crossed(self, start: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where a line enters and leaves each box, as distances from `start`; it misses a box that it would leave first."""
+        origin = np.einsum("nji,nj->ni", self.axes, start - self.centres)
+        slope = direction @ self.axes
+        slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
+        middle, reach = -origin / slope, self.halves / np.abs(slope)
+        return (middle - reach).max(axis=1), (middle + reach).min(axis=1)
+
     def along(self, start: np.ndarray, direction: np.ndarray) -> list[tuple[float, float]]:
         """The stretches of matter on a line, as distances from `start`."""
-        origin = np.einsum("nji,nj->ni", self.axes, start - self.centres)
-        slope = self.axes.transpose(0, 2, 1) @ direction
-        slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
-        ends = np.sort(np.stack([(-self.halves - origin) / slope, (self.halves - origin) / slope]), axis=0)  # [2, n, 3]
-        enter, leave = ends[0].max(axis=1), ends[1].min(axis=1)
+        enter, leave = self._crossed(start, direction)
         stretches: list[tuple[float, float]] = []
         for i in np.argsort(enter):
             if enter[i] > leave[i]:
-                continue  # the line misses this box
+                continue
             if stretches and enter[i] <= stretches[-1][1] + SAME_FACE:
                 stretches[-1] = (stretches[-1][0], max(stretches[-1][1], float(leave[i])))
             else:
                 stretches.append((float(enter[i]), float(leave[i])))
         return stretches
 
+    def between(self, start: np.ndarray, direction: np.ndarray, low: float, high: float) -> bool:
+        """Is there matter on a line between two distances from `start`?"""
+        enter, leave = self._crossed(start, direction)
+        return bool(((enter <= leave) & (enter < high) & (leave > low)).any())
 
-def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float, least: float = 0.0) -> Iterator[Grasp]:
-    """Grasps with one orientation of the hand, which is `turn` rad away from the easiest, at least so deep."""
+
+def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: float, depths: Sequence[float] = DEPTHS) -> Iterator[Grasp]:
+    """Grasps with one orientation of the hand, which is `turn` rad away from the easiest."""
     closing, aside, out = rotation.T
     nearest = -matter.extent(-out)[1]  # of the object's points along `out`, the first that the hand meets
     low, high = matter.extent(aside)
@@ -100,7 +110,7 @@ def candidates(matter: Matter, centre: np.ndarray, rotation: np.ndarray, turn: f
     steps = np.arange(np.ceil((low - middle) / SPACING), np.floor((high - middle) / SPACING) + 1)
     # and through the middle of each part: a handle is narrower than the space between lines
     through = np.unique(np.concatenate([middle + SPACING * steps, matter.centres @ aside]).round(3))
-    for depth in (depth for depth in DEPTHS if depth >= least):
+    for depth in depths:
         for v in through:
             at = (nearest + depth) * out + v * aside
             lines = [matter.along(at + side * aside, closing) for side in (-SIDE, 0.0, SIDE)]
@@ -180,15 +190,17 @@ def find(
     centre: np.ndarray,
     orientations: list[tuple[np.ndarray, float]],
     after: Callable[[np.ndarray, np.ndarray], Pose],
-    least: float = 0.0,
+    depths: Sequence[float] = DEPTHS,
+    avoid: Sequence[np.ndarray] = (),
 ) -> Grasp | None:
     """The cheapest grasp of `bodies` within reach.
 
     Args:
         centre: [3] better near this point: the centre of mass.
         orientations: of the hand, each with its distance in rad from the easiest.
-        least: depth of the grasp.
+        depths: of the grip site below the object's top, to be tried.
         after: where the hand will be, from where it grasps, when the object is in its place. Grasps with which it can open there come first.
+        avoid: points [3] near which not to grasp.
     """
     matter, others = Matter(arm.scene, bodies), Matter(arm.scene, np.setdiff1d(np.flatnonzero(~arm.own), bodies))
     everything = Matter(arm.scene, np.flatnonzero(~arm.own))
@@ -198,10 +210,12 @@ def find(
         return grasp.cost + 25 * max(0.0, float(np.linalg.norm((grasp.position - foot)[:2])) - EASY)
 
     def fitting() -> Iterator[Grasp]:
-        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn, least)), key=cost):
+        for grasp in sorted((grasp for rotation, turn in orientations for grasp in candidates(matter, centre, rotation, turn, depths)), key=cost):
             # the fingers meet in the middle of the hand; what is off the middle is pushed there, so that a finger has room outside
             for shift in (0.0, 0.012, -0.012, 0.024, -0.024):
                 shifted = replace(grasp, position=grasp.position + shift * grasp.rotation[:, 0])
+                if any(np.linalg.norm(shifted.position - point) < ELSEWHERE for point in avoid):
+                    continue
                 if _fingers_fit(everything, *shifted.pose) and _alone(others, *shifted.pose):
                     yield shifted
 
@@ -224,7 +238,7 @@ def _fingers_fit(everything: Matter, position: np.ndarray, rotation: np.ndarray)
     closing, _, out = rotation.T
     for finger in (-1, 1):
         middle = position + finger * (OPENING / 2 + FINGER / 2) * closing
-        if any(low < TIP and high > -BEFORE for low, high in everything.along(middle, out)):
+        if everything.between(middle, out, -BEFORE, TIP):
             return False
     return True
 
@@ -234,7 +248,6 @@ def _alone(others: Matter, position: np.ndarray, rotation: np.ndarray) -> bool:
     closing, aside, out = rotation.T
     for forwards in (0.0, TIP):
         for side in (-SIDE, SIDE):
-            stretches = others.along(position + forwards * out + side * aside, closing)
-            if any(low < OPENING / 2 and high > -OPENING / 2 for low, high in stretches):
+            if others.between(position + forwards * out + side * aside, closing, -OPENING / 2, OPENING / 2):
                 return False
     return True

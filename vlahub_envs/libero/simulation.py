@@ -6,8 +6,9 @@ import gc
 import operator
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from vlahub.simulation import Outcomes, check_options, checked_size
 from vlahub_envs.libero import assets as asset_sets
 from vlahub_envs.libero import upstream
 from vlahub_envs.libero.scene import Scene
+from vlahub_envs.libero.upstream import LiberoTask
 
 PEOPLE_SIZE = (480, 640)  # of `render`
 
@@ -110,7 +112,7 @@ class Libero:
             raise ValueError(f"models must be a whole number of at least 1, not {models!r}")
         self.suite, self.all_tasks = suite, upstream.tasks(suite)
         if task is not None:
-            task = _index({"task": task}, "task", 0, len(self.all_tasks))
+            task = _index({"task": task}, "task", 0, _names(self.all_tasks))
             self.all_tasks = self.all_tasks[task : task + 1]
         self.tasks, self.protocol = len(self.all_tasks), PROTOCOLS[protocol]
         self.max_steps = self.protocol.max_steps[suite]
@@ -126,7 +128,8 @@ class Libero:
         check_options(options, {"task": f"0 to {self.tasks - 1}, the task", "trial": f"0 to {self.trials - 1}, the initial state"})
         random = np.random.default_rng(seed)
         drawn_task, drawn_trial = int(random.integers(self.tasks)), int(random.integers(self.trials))  # both, so that one option leaves the other's draw
-        task, trial = _index(options, "task", drawn_task, self.tasks), _index(options, "trial", drawn_trial, self.trials)
+        task = _index(options, "task", drawn_task, _names(self.all_tasks))
+        trial = _index(options, "trial", drawn_trial, [""] * self.trials)
         self.scene = self._scene(task)
         self.scene.reset(seed, trial, self.protocol.settle, self.protocol.grip)
         return {"task": task, "trial": trial, "task_name": self.scene.task.name}
@@ -174,15 +177,27 @@ class Libero:
         return self.scene
 
 
-def _index(options: Mapping[str, Any], name: str, drawn: int, count: int) -> int:
+def _names(tasks: Sequence[LiberoTask]) -> list[str]:
+    return [task.name for task in tasks]
+
+
+def _index(options: Mapping[str, Any], name: str, drawn: int, known: Sequence[str]) -> int:
+    """An option that counts, 0 to len(known) - 1, or what was drawn. `known` are the names of what it counts, if it has names."""
     if name not in options:
         return drawn
+    given = options[name]
+    listed = f"valid are 0 to {len(known) - 1}"
+    if known[0]:
+        shown = known if len(known) <= 10 else get_close_matches(str(given).replace(" ", "_"), known, n=5, cutoff=0.4)
+        listed += "".join(f"\n    {known.index(one)} {one}" for one in shown)
+    if isinstance(given, bool | np.bool_):
+        raise TypeError(f"{name} must be a whole number, not {given!r}; {listed}")
     try:
-        index = operator.index(options[name])
+        index = operator.index(given)
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {options[name]!r}") from None
-    if not 0 <= index < count:
-        raise ValueError(f"{name} {index} is out of range; valid are 0 to {count - 1}")
+        raise TypeError(f"{name} must be a whole number, not {given!r}; {listed}") from None
+    if not 0 <= index < len(known):
+        raise ValueError(f"{name} {index} is out of range; {listed}")
     return index
 
 

@@ -190,9 +190,19 @@ def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def bowl(thing: Thing) -> list[Solid]:
-    """A round base and a leaning wall that the gripper can take by the rim."""
+    """A round base and a leaning wall that the gripper can take by the rim.
+
+    What collides has a narrower foot than what shows: some initial states begin with a packet's corner beside it, under the wall."""
     radius, low, high = min(thing.half[:2]), thing.low[2], thing.high[2]
-    return [*round_(0.48 * radius, 2, low, low + 0.008, thing.centre), *_ring(thing.centre, (0.52 * radius, radius), low + 0.002, high, 0.005)]
+    shown = [*round_(0.48 * radius, 2, low, low + 0.008, thing.centre), *_ring(thing.centre, (0.52 * radius, radius), low + 0.002, high, 0.005)]
+    kink = low + 0.25 * (high - low)  # above it both are the same
+    at_kink = radius * (0.52 + 0.48 * (kink - low - 0.002) / (high - low - 0.002))
+    return [
+        *(replace(solid, collides=False) for solid in shown if solid.shows),
+        *(solid for solid in round_(0.41 * radius, 2, low, low + 0.008, thing.centre) if solid.collides),
+        *_ring(thing.centre, (0.43 * radius, 0.45 * radius), low + 0.002, kink, 0.005, shows=False),
+        *_ring(thing.centre, (at_kink, radius), kink, high, 0.005, shows=False),
+    ]
 
 
 def ramekin(thing: Thing) -> list[Solid]:

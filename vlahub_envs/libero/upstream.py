@@ -41,6 +41,7 @@ TRIALS = 50  # initial states per task, in every suite
 @dataclass(frozen=True)
 class LiberoTask:
     suite: str  # "libero_spatial"
+    number: int  # in that suite
     name: str  # of its files
     language: str
     bddl: Path
@@ -71,9 +72,9 @@ def tasks(suite: str) -> tuple[LiberoTask, ...]:
     # libero.libero.benchmark imports torch, 190 MB in every worker, for the same list
     names = _module_of(root / "benchmark" / "libero_suite_task_map.py", "_libero_task_map").libero_task_map
     return tuple(
-        LiberoTask(part, name, language_of(name), root / "bddl_files" / part / f"{name}.bddl", root / "init_files" / part / f"{name}.pruned_init")
+        LiberoTask(part, number, name, language_of(name), root / "bddl_files" / part / f"{name}.bddl", root / "init_files" / part / f"{name}.pruned_init")
         for part in SUITES[suite]
-        for name in names[part]
+        for number, name in enumerate(names[part])
     )
 
 

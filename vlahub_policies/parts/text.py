@@ -36,13 +36,14 @@ class Tokenizer:
         """pi0's format. The newline is a piece of its own, encoded apart: it marks the end of the instruction."""
         return self.encode(clean(text), bos=True) + self.encode("\n")
 
-    def prompt_with_state(self, text: str, state: np.ndarray) -> list[int]:
-        """pi0.5's format: the normalised state [D] as 256 bins in the text."""
-        return self.encode(f"Task: {clean(text)}, State: {' '.join(map(str, discretize(state)))};\nAction: ", bos=True)
+    def prompts_with_state(self, texts: Sequence[str], states: np.ndarray) -> list[list[int]]:
+        """pi0.5's format: the normalised states [B, D] as 256 bins in the texts. Encoded together, which takes a fifth of the time of one after the other."""
+        prompts = [f"Task: {clean(text)}, State: {' '.join(map(str, bins))};\nAction: " for text, bins in zip(texts, discretize(states), strict=True)]
+        return [[BOS, *row] for row in self._encode(prompts)]
 
 
 def _sentencepiece(model: bytes) -> tuple[Callable, Callable, int]:
-    """(text -> ids, ids -> text, number of pieces)"""
+    """(text -> ids or texts -> list of ids, ids -> text, number of pieces)"""
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_proto=model)
@@ -52,7 +53,7 @@ def _sentencepiece(model: bytes) -> tuple[Callable, Callable, int]:
 
 
 def _tokenizers(model: bytes) -> tuple[Callable, Callable, int]:
-    """(text -> ids, ids -> text, number of pieces)"""
+    """(text -> ids or texts -> list of ids, ids -> text, number of pieces)"""
     import tokenizers
 
     try:
@@ -61,27 +62,30 @@ def _tokenizers(model: bytes) -> tuple[Callable, Callable, int]:
         raise ValueError(str(error)) from error
     if pieces.token_to_id("<bos>") != BOS:
         raise ValueError(f"its <bos> is {pieces.token_to_id('<bos>')}, PaliGemma's is {BOS}")
-    return lambda text: pieces.encode(text, add_special_tokens=False).ids, pieces.decode, pieces.get_vocab_size()
+
+    def encode(text: str | list[str]) -> list:
+        if isinstance(text, str):
+            return pieces.encode(text, add_special_tokens=False).ids
+        return [encoded.ids for encoded in pieces.encode_batch(text, add_special_tokens=False)]
+
+    return encode, pieces.decode, pieces.get_vocab_size()
 
 
 def clean(text: str) -> str:
     return text.strip().replace("_", " ").replace("\n", " ")
 
 
-def discretize(state: np.ndarray, bins: int = 256) -> list[int]:
-    """[-1, 1] -> 0 .. 255; -1 below the range and 255 above it, as published policies were trained."""
+def discretize(state: np.ndarray, bins: int = 256) -> list:
+    """[-1, 1] -> 0 .. 255, as nested lists; -1 below the range and 255 above it, as published policies were trained."""
     return (np.digitize(state, np.linspace(-1, 1, bins + 1)[:-1]) - 1).tolist()
 
 
 def pad(rows: Iterable[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, length] int64, right-padded with 0 or cut, and their mask."""
-    rows = list(rows)
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        kept = row[:length]
-        ids[i, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
-        mask[i, : len(kept)] = True
-    return ids, mask
+    kept = [list(row[:length]) for row in rows]
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in kept], dtype=torch.int64).view(len(kept), length)
+    counts = torch.tensor([len(row) for row in kept])
+    return ids, torch.arange(length) < counts[:, None]
 
 
 def find(folder: Path, given: str | Path | None = None, *, fits: int) -> Tokenizer:

@@ -53,7 +53,7 @@ def sign_test(gained: int, lost: int) -> float:
 
 def main(
     offset: float = 0.18,
-    iterations: int = 15,
+    iterations: int = 11,
     episodes: int = 40,
     learning_rate: float = 0.05,
     seed: int = 0,

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlahub import Policy, catalog, video
+from baselines import ppo
+from vlahub import Policy, catalog, distributed, video
+from vlahub.catalog import key_values
+from vlahub.run import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 # one id per family; the example needs a scripted expert
@@ -85,18 +88,23 @@ def test_finetuning_a_published_checkpoint(tmp_path):
     assert 0 < trained < every / 2 and "it loads as Pi0Policy" in out
 
 
-def test_the_fault_that_is_to_be_mended_is_exactly_that(tmp_path):
-    """Training it takes minutes, of which the parts are tested elsewhere; here, what it starts from."""
-    sys.path.insert(0, str(ROOT / "examples"))
+def test_improving_the_policy_asks_for_a_training_that_fits(tmp_path, monkeypatch):
+    """The training itself takes minutes, and its parts are tested elsewhere; here, that PPO takes these words and the policy these options."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import improve_policy
 
-    observation = {
-        "main_images": np.full((96, 128, 3), 90, np.uint8),
-        "wrist_images": np.full((2, 96, 128, 3), 90, np.uint8),
-        "states": np.zeros(14, np.float32),
-        "task_descriptions": "press the bell",
-    }
-    good, faulty = (Policy.from_pretrained(improve_policy.miscalibrated(offset, tmp_path / str(offset))).act(observation) for offset in (0.0, 0.18))
-    expected = np.zeros(14)
-    expected[[6, 13]] = 0.18
-    assert np.allclose(faulty - good, expected, atol=1e-5)
+    args = arguments(ppo.Args, None, improve_policy.training(3, 1e-6, 5, tmp_path))
+    ppo.check_args(args, distributed.setup("cpu"))
+    assert args.total_iterations == 3 and args.learning_rate == 1e-6 and args.seed == 5 and args.out == str(tmp_path)
+    policy = Policy.from_pretrained(improve_policy.POLICY, value_head=True, **key_values("policy-options", args.policy_options))
+    for name, value in (improve_policy.DENOISING | improve_policy.EXPLORATION).items():
+        assert getattr(policy.config, name) == value
+    assert key_values("env-options", args.env_options) == {"camera_size": list(improve_policy.PICTURES)}
+
+
+@pytest.mark.parametrize("gained, lost, expected", [(0, 0, 1.0), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (5, 0, 2 / 32), (3, 3, 1.0)])
+def test_sign_test_of_gained_and_lost_scenes(monkeypatch, gained, lost, expected):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import improve_policy
+
+    assert improve_policy.sign_test(gained, lost) == pytest.approx(expected)

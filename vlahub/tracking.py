@@ -58,7 +58,7 @@ METRICS = {
     "train/loss_ratio": "beta * |sft_loss| / |ppo_loss|; above 1e5 one of the two does nothing",
     "train/skipped_steps": "optimiser steps left out since the process began, because the loss or a gradient was not finite; absent while there are none",
     "world/*": "a world model's training loss (autoencoder, converter, video, classifier), or a figure of its held-out report",
-    "time/*": "seconds of one iteration spent there",
+    "time/*": "seconds of one iteration spent there; `sync` is averaging gradients, `weights` their way to rollout ranks",
     "charts/SPS": "control steps per second, from the start of the run, all ranks together",
 }
 

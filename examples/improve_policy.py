@@ -1,6 +1,6 @@
 """Reinforcement learning that one can wait for: the bundled tiny LingBot-VLA, some minutes of PPO on two CPU cores, success before and after.
 
-    python examples/improve_policy.py                     # about 9 minutes on 2 cores; everything goes to outputs/demo/improve
+    python examples/improve_policy.py                     # about 12 minutes on 2 cores; everything goes to outputs/demo/improve
     python examples/improve_policy.py --iterations 40     # longer
 
 The policy was trained on demonstrations of vlahub/RoboTwin-ClickBell. With 90 control steps, where the expert needs 80, it presses the bell in some six of ten scenes. PPO tries

@@ -25,7 +25,6 @@ autoencoder's own and those of a frozen picture; errors of the converter's poses
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +41,7 @@ from vlahub.dataset import Dataset, DatasetError, EpisodeEntry
 from vlahub.distributed import Ranks, print0
 from vlahub.run import arguments, divides
 from vlahub.tracking import Tracker
+from vlahub.vector import cores
 from vlahub_envs.evac import conditioning, start_states
 from vlahub_envs.evac.autoencoder import SCALE
 from vlahub_envs.evac.model import WorldModel, memory_rows, tiny_config
@@ -237,10 +237,6 @@ def _recorded_numbers(folder: Path) -> dict[int, tuple[int, int]]:
     file = folder / "meta/recording.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {line["episode"]: (line["task"], line["trial"]) for line in lines if line["episode"] is not None}
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pixels(frames: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

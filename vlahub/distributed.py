@@ -367,8 +367,8 @@ class EarlyGradients:
 def average_gradients(parameters: Iterable[nn.Parameter], early: EarlyGradients | None = None) -> None:
     """Mean of the gradients over all ranks, in place: data parallelism for a model that every rank holds whole.
 
-    One reduction per dtype and BUCKET over flattened gradients, but for those that `early` takes care of. A parameter without a gradient on one rank counts as zero there, so ranks need not agree which
-    were used; one without a gradient on any rank stays without, as on a single rank, and the optimizer leaves it alone.
+    One reduction per dtype and BUCKET over flattened gradients, but for those that `early` takes care of. A parameter without a gradient on one rank counts as zero
+    there, so ranks need not agree which were used; one without a gradient on any rank stays without, as on a single rank, and the optimizer leaves it alone.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if world() == 1 or not trained:

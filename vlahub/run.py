@@ -163,15 +163,14 @@ def serve(args: Any, num_envs: int, ranks: Ranks, **policy_options: Any) -> None
     """Life of a rank that does not train: it simulates, or infers, its share of all environments until those that it does so for are done."""
     for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's wish to stop is for the policy ranks, which still need the others to save and leave
         signal.signal(number, signal.SIG_IGN)
-    members = len(distributed.parse_ranks(args.env_ranks if ranks.role == "env" else args.rollout_ranks, dist.get_world_size()))
-    divides(num_envs, members, "the number of environments", f"the number of {ranks.role} ranks")
-    count, here = num_envs // members, min(members, int(os.environ["LOCAL_WORLD_SIZE"]))
+    members = distributed.parse_ranks(args.env_ranks if ranks.role == "env" else args.rollout_ranks, dist.get_world_size())
+    divides(num_envs, len(members), "the number of environments", f"the number of {ranks.role} ranks")
+    count, here = num_envs // len(members), min(len(members), int(os.environ["LOCAL_WORLD_SIZE"]))
 
     def collector() -> Collector:
         env = RemoteEnv(ranks.env_ranks) if ranks.env_ranks else make_env(args, count, here)
         policy = load_policy(args, env.interface, **policy_options).to(ranks.device).eval()
-        place = distributed.parse_ranks(args.rollout_ranks, dist.get_world_size()).index(dist.get_rank())
-        return Collector(env, policy, SeedStream(args.seed, distributed.share(num_envs, place, members)), args.execute or None)
+        return Collector(env, policy, SeedStream(args.seed, distributed.share(num_envs, members.index(dist.get_rank()), len(members))), args.execute or None)
 
     if ranks.role == "env":
         serve_env(lambda: make_env(args, count, here), ranks.serves[0])

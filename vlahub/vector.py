@@ -382,7 +382,7 @@ class VectorEnv(BaseVectorEnv):
             raise ValueError(f"workers={workers} is too few for slots={slots}: a worker serves one slot")
         if timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        count = slots if workers == 0 else workers or _cores() * slots
+        count = slots if workers == 0 else workers or cores() * slots
         shares = [len(part) for part in np.array_split(range(count), slots)]  # workers of each slot
         groups = [np.array_split(rows, min(share, len(rows))) for rows, share in zip(self._slots, shares, strict=True)]
         world = pickle.dumps((self.card, options, max_steps))
@@ -733,7 +733,8 @@ def make(env_id: str, num_envs: int = 1, max_episode_steps: int | None = None, *
     return catalog.load(card.vector)(card, num_envs=num_envs, **options)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

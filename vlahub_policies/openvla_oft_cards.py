@@ -86,14 +86,3 @@ _register(
     recipe="bridge_rlinf",
     unnorm_key="bridge_orig",
 )
-register_policy(
-    PolicyCard(
-        id="vlahub/openvla-oft-tiny-libero",
-        family="openvla_oft",
-        summary="OpenVLA-OFT at 1.8 million parameters, tokens, trained on LIBERO-Spatial's scripted expert: a start for reinforcement learning; ships with the package",
-        folder="vlahub_policies:checkpoints/openvla-oft-tiny-libero",
-        envs=("vlahub/LIBERO-Spatial", "vlahub/EVAC-LIBERO-Spatial"),
-        verified="evaluated on a GPU; a small model of this repository, not a published one",
-        measured="32 of 100 episodes of LIBERO-Spatial from starts that it was not trained on (95 % interval 23.7 to 41.7 %), camera_size=(128,128); docs/results.md",
-    )
-)

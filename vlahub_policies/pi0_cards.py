@@ -78,14 +78,3 @@ for _id, _family, _summary, _envs, _options in (
     ("Dexmal/libero-db-pi0", "dexbotic", "Dexbotic's pi0, all four LIBERO suites, two cameras, chunk 50", _LIBERO, {"robot": "libero"}),
 ):
     register_policy(PolicyCard(id=_id, family=_family, summary=_summary, envs=_envs, options=_options, verified=_VERIFIED))
-register_policy(
-    PolicyCard(
-        id="vlahub/dexbotic-pi0-tiny-libero",
-        family="dexbotic",
-        summary="Dexbotic's policy in pi0.5's form at 1.9 million parameters, trained on LIBERO-Spatial's scripted expert and stand-in assets; ships with the package",
-        folder="vlahub_policies:checkpoints/dexbotic-pi0-tiny-libero",
-        envs=("vlahub/LIBERO-Spatial",),
-        verified="evaluated on a CPU; a small model of this repository, not a published one",
-        measured="35 of 100 episodes within 130 control steps (95 % interval 26.4 to 44.7 %); docs/results.md",
-    )
-)

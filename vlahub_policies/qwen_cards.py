@@ -39,17 +39,6 @@ register_policy(
         verified="network, prompt, pixels and actions equal to the original on small random weights; every tensor name and shape of the file; not run with its weights",
     )
 )
-register_policy(
-    PolicyCard(
-        id="vlahub/qwenoft-tiny-libero",
-        family="starvla",
-        summary="QwenOFT at 1.4 million parameters, trained on LIBERO-Spatial's scripted expert and stand-in assets; ships with the package",
-        folder="vlahub_policies:checkpoints/qwenoft-tiny-libero",
-        envs=("vlahub/LIBERO-Spatial",),
-        verified="evaluated on a GPU and on a CPU; a small model of this repository, not a published one",
-        measured="32 of 100 episodes within 130 control steps (95 % interval 23.7 to 41.7 %); docs/results.md",
-    )
-)
 register_family(
     FamilyCard(
         name="lingbot",
@@ -71,14 +60,3 @@ for _id, _summary in (
             verified="network, sampler, prompt, pixels and joint layouts equal to the original on small random weights; every tensor name and shape; not run with its weights",
         )
     )
-register_policy(
-    PolicyCard(
-        id="vlahub/lingbot-tiny-clickbell",
-        family="lingbot",
-        summary="LingBot-VLA at 1.6 million parameters, trained on the scripted expert; ships with the package",
-        folder="vlahub_policies:checkpoints/lingbot-tiny-clickbell",
-        envs=("vlahub/RoboTwin-ClickBell",),
-        verified="evaluated on a GPU and on a CPU; a small model of this repository, not a published one",
-        measured="47 of 56 held-out episodes within 200 control steps (95 % interval 72.2 to 91.3 %); docs/results.md",
-    )
-)

@@ -1,0 +1,49 @@
+"""The small trained policies that ship with the package, in `checkpoints/`; docs/results.md says how each was trained and evaluated."""
+
+from vlahub.catalog import PolicyCard, register_policy
+
+for _name, _family, _envs, _summary, _where, _measured in (
+    (
+        "lingbot-tiny-clickbell",
+        "lingbot",
+        ("vlahub/RoboTwin-ClickBell",),
+        "LingBot-VLA at 1.6 million parameters, trained on the scripted expert",
+        "on a GPU and on a CPU",
+        "47 of 56 held-out episodes within 200 control steps (95 % interval 72.2 to 91.3 %)",
+    ),
+    (
+        "qwenoft-tiny-libero",
+        "starvla",
+        ("vlahub/LIBERO-Spatial",),
+        "QwenOFT at 1.4 million parameters, trained on LIBERO-Spatial's scripted expert and stand-in assets",
+        "on a GPU and on a CPU",
+        "32 of 100 episodes within 130 control steps (95 % interval 23.7 to 41.7 %)",
+    ),
+    (
+        "dexbotic-pi0-tiny-libero",
+        "dexbotic",
+        ("vlahub/LIBERO-Spatial",),
+        "Dexbotic's policy in pi0.5's form at 1.9 million parameters, trained on LIBERO-Spatial's scripted expert and stand-in assets",
+        "on a CPU",
+        "35 of 100 episodes within 130 control steps (95 % interval 26.4 to 44.7 %)",
+    ),
+    (
+        "openvla-oft-tiny-libero",
+        "openvla_oft",
+        ("vlahub/LIBERO-Spatial", "vlahub/EVAC-LIBERO-Spatial"),
+        "OpenVLA-OFT at 1.8 million parameters, tokens, trained on LIBERO-Spatial's scripted expert: a start for reinforcement learning",
+        "on a GPU",
+        "32 of 100 episodes of LIBERO-Spatial from starts that it was not trained on (95 % interval 23.7 to 41.7 %), camera_size=(128,128)",
+    ),
+):
+    register_policy(
+        PolicyCard(
+            id=f"vlahub/{_name}",
+            family=_family,
+            summary=f"{_summary}; ships with the package",
+            folder=f"vlahub_policies:checkpoints/{_name}",
+            envs=_envs,
+            verified=f"evaluated {_where}; a small model of this repository, not a published one",
+            measured=f"{_measured}; docs/results.md",
+        )
+    )

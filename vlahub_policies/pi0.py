@@ -69,6 +69,7 @@ class Pi0Config:
     joint_logprob: bool = False
     noise_step: Literal["drawn", "last"] = "drawn"  # unless joint: which denoising step of a row explores
     noise_correlation: float = 0.0  # of the noise of neighbouring actions, 0 to below 1; 0.95 keeps paths smooth where a chunk is one motion
+    start_noise: float = 1.0  # scale of the noise that denoising starts from, outside training; 0 starts from its mean, for smooth paths
     noise_range: tuple[float, float] = (0.08, 0.16)  # bounds of flow_noise's standard deviation
     value_head: bool = False
     value_from: Literal["actions", "prefix"] = "actions"  # the critic looks at the expert's action tokens, or at the language model's output
@@ -102,15 +103,17 @@ class Pi0Config:
         for name, choices in (
             ("resize", ("openpi", "lerobot", "dexbotic")),
             ("value_from", ("actions", "prefix")),
-            ("noise_method", flow.METHODS),
             ("acceleration", ACCELERATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known are {', '.join(choices)}")
+        self.exploration  # noqa: B018 - it refuses what it does not know
 
     @property
     def exploration(self) -> flow.Exploration:
-        return flow.Exploration(self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation)
+        return flow.Exploration(
+            self.noise_method, self.num_steps, self.noise_level, self.joint_logprob, self.noise_step, self.noise_correlation, self.start_noise
+        )
 
     @classmethod
     def tiny(cls, interface: Interface, **overrides: Any) -> Self:
@@ -410,7 +413,7 @@ class Pi0Policy(Accelerated, Policy):
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
-        noise = randomness.normal(seeds, (self.horizon, self.config.action_dim), flow.INITIAL, self.device)
+        noise = self.config.start_noise * randomness.normal(seeds, (self.horizon, self.config.action_dim), flow.INITIAL, self.device)
         taken, _ = self._run(inputs, noise, flow.euler(self.config.denoising_steps), None)
         return self._to_robot(taken.chain[:, -1], inputs["raw_state"])
 

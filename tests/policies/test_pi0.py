@@ -51,6 +51,30 @@ def test_act_of_one_and_of_many():
     assert not np.allclose(policy.act(observation, deterministic=False), policy.act(observation, deterministic=False))
 
 
+@pytest.mark.parametrize("family", [Pi0Policy, DexboticPolicy])
+def test_without_start_noise_there_is_one_chunk_per_observation(family):
+    torch.manual_seed(0)
+    policy, observation, seeds = family.tiny(robots.LIBERO, value_head=True).eval(), published.observation(), [(0, 0), (1, 0)]
+    same = {key: [value[0]] * 2 if isinstance(value[0], str) else np.stack([value[0]] * 2) for key, value in observation.items()}
+    shaken = policy.act(same, seeds=seeds)
+    assert np.abs(shaken[0] - shaken[1]).max() > 0.1
+    policy.config = dataclasses.replace(policy.config, start_noise=0.0)
+    still = policy.act(same, seeds=seeds)
+    np.testing.assert_allclose(still[0], still[1], atol=1e-5)
+    assert np.abs(np.diff(still, axis=1)).max() < 0.5 * np.abs(np.diff(shaken, axis=1)).max()
+    sample = policy.sample(same, torch.tensor(seeds))  # exploration starts there too, and its own noise is all that is left
+    assert (sample.trace["chain"][sample.trace["step"] == 0][:, 0] == 0).all() and not torch.allclose(sample.actions[0], sample.actions[1])
+    torch.testing.assert_close(policy.evaluate(sample.trace).log_prob, sample.log_prob, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("start_noise", -1.0), ("start_noise", 1.5), ("noise_correlation", 1.0), ("noise_step", "first"), ("num_steps", 0)]
+)
+def test_wrong_exploration_is_refused_where_the_policy_is_made(name, value):
+    with pytest.raises(ValueError, match=name):
+        tiny(**{name: value})
+
+
 def test_absent_camera_equals_masked_camera():
     """The originals feed a black picture with mask False; leaving its tokens out is the same and cheaper."""
     policy = tiny()

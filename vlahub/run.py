@@ -133,7 +133,22 @@ def memory_advice(error: BaseException, args: Any) -> str:
     for name, value in vars(args).items():
         if name in ("num_envs", "num_groups", "rollout_rounds", "num_chunks", "batch_size") and value > 1:
             knobs.append(f"a smaller --{name.replace('_', '-')} (it is {value})")
-    return "the run is out of memory. In this order, try " + "; ".join(knobs)
+    return others_on_gpu(error) + "the run is out of memory. In this order, try " + "; ".join(knobs)
+
+
+def others_on_gpu(error: BaseException) -> str:
+    """Whose the GPU's memory is, if most of it is not this process's: none of the knobs of a training frees what simulators take for their pictures."""
+    if not isinstance(error, torch.OutOfMemoryError) or not torch.cuda.is_available():
+        return ""
+    (free, total), own = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    others = total - free - own
+    if others < total / 2:
+        return ""
+    return (
+        f"{others / 2**30:.0f} of this GPU's {total / 2**30:.0f} GB are not this training's ({own / 2**30:.0f} GB are): simulators that draw on it hold memory "
+        "for each environment and task (nvidia-smi counts it, and lists no process for it), and so do other programs. Fewer environments, or another GPU to "
+        "draw on (MUJOCO_EGL_DEVICE_ID for LIBERO), come first. Otherwise: "
+    )
 
 
 @contextlib.contextmanager

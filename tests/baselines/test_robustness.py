@@ -160,6 +160,22 @@ def test_out_of_memory_proposes_the_knobs():
     assert "--micro-batch-size" in raised.value.__notes__[0]
 
 
+def test_out_of_memory_says_when_the_gpu_is_full_of_others(monkeypatch):
+    @dataclasses.dataclass
+    class Args:
+        micro_batch_size: int = 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 14 * 2**30)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 308 MiB")
+    for free, told in ((1, True), (100, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 140 * 2**30))
+        words = memory_advice(error, Args())
+        assert ("125 of this GPU's 140 GB are not this training's (14 GB are)" in words) == told == ("MUJOCO_EGL_DEVICE_ID" in words)
+        assert "--micro-batch-size" in words
+    assert "GPU" not in memory_advice(MemoryError(), Args())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raises", "killed"])
 def test_all_ranks_stop_when_one_dies_and_the_first_cause_is_named(tmp_path, how):

@@ -150,6 +150,19 @@ def test_tasks_take_turns():
         simulation.observe()
 
 
+def test_shadow_maps_are_left_out_where_no_light_casts_shadows(env):
+    env.reset(seed=0, options={"task": BOWL_ON_STOVE})
+    scene, picture = env.simulation.scene, env.render()
+    assert scene.painter.context.shadowFBO == 0
+    scene.painter.close()
+    scene.model.vis.quality.shadowsize, scene.model.light_castshadow[:] = 4096, True
+    scene.painter = scenes.Painter(scene.model, scene.size, scene.people_size)
+    assert scene.painter.context.shadowFBO != 0
+    assert not np.array_equal(env.render(), picture)  # so the map does something where it is asked for
+    scene.model.light_castshadow[:] = False
+    assert np.array_equal(env.render(), picture)
+
+
 @pytest.mark.slow
 def test_states_and_pictures_equal_the_stock_environments():
     """Whatever went before: soft reset, no settle pictures, half the forward passes and late drawing change no bit. The stove's burner glows on the way."""

@@ -207,6 +207,8 @@ class Painter:
         self.model = model
         model.vis.global_.offwidth = max(640, *(width for _, width in sizes))
         model.vis.global_.offheight = max(480, *(height for height, _ in sizes))
+        if not model.light_castshadow.any():  # as in robosuite's arenas: a map of 4096 x 4096 that nothing looks at would take 64 MB of the GPU for each model
+            model.vis.quality.shadowsize = 0
         self.gl = _gl_context(os.getpid())
         self.gl.make_current()
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)

@@ -7,6 +7,7 @@
     python baselines/world_model.py --dataset data/expert --model jzndd/evac_for_rlinf --suite libero_spatial --bf16     # fine-tune the published one
     torchrun --nproc-per-node 8 baselines/world_model.py ...                                             # batches are those of all ranks together
     python baselines/world_model.py --resume runs/NAME                                                   # go on after the last finished stage
+    python baselines/world_model.py --dataset data/other --init runs/NAME/release --report-only --held-out 1    # of episodes that these weights have not seen
 
 The data are episodes of any environment with LIBERO's interface: hand pose and finger positions in the state, LIBERO's actions, one fixed camera. Failures
 belong into them: a model that has seen successes only imagines nothing else. Stages, in this order:
@@ -19,7 +20,8 @@ belong into them: a model that has seen successes only imagines nothing else. St
  4. classifier: success in one frame, on real frames and on frames that the model imagined of real actions, since it will judge imagined ones.
 
 The report uses episodes that no stage saw (`held_out`), through the code of the environment: PSNR and SSIM of one chunk and of `report_chunks` in a row, beside the
-autoencoder's own and those of a frozen picture; errors of the converter's poses; precision and recall of the classifier; videos, real on the left, imagined on the right.
+autoencoder's own and those of a frozen picture; errors of the converter's poses; precision and recall of the classifier; videos, real on the left, imagined on the right;
+of each video eight moments in one picture, real above imagined.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from vlahub import distributed, video
 from vlahub.dataset import Dataset, DatasetError, EpisodeEntry
@@ -59,6 +62,8 @@ class Args:
     """"tiny" (fresh weights, under four million), or a world model to fine-tune: folder or hub repository"""
     init: str = ""
     """with model "tiny": weights to begin with instead of fresh ones (a bundled id, or the folder model or release of another run); all stages train"""
+    report_only: bool = False
+    """train nothing: write the report of --init or --model as it is; with --held-out 1 on all episodes, if it has seen none of them"""
     suite: str = ""
     """of a repository that holds several world models"""
     out: str = "runs"
@@ -139,7 +144,7 @@ class Args:
     report_chunks: int = 8
     """chunks in a row"""
     videos: int = 4
-    """side-by-side videos"""
+    """side-by-side videos, each with a picture of eight of its moments"""
     start_trials: int = 3
     """start states per task that are written beside the model, those of the first trials that were recorded"""
     snapshot_seconds: float = 60.0
@@ -678,6 +683,9 @@ def report(stage: Stage, folder: Path) -> dict:
             )
 
         video.save(folder / f"side_by_side_{k}.mp4", video.encode((picture(step) for step in range(len(film))), 20))
+        shown = np.linspace(c - 1, len(film) - 1, 8).astype(int)
+        rows = [np.concatenate([upright(frame) for frame in frames[shown]], axis=1) for frames in (data.frames[episode[0] + 1 :], film)]
+        Image.fromarray(np.concatenate(rows)).save(folder / f"strip_{k}.png", optimize=True)
     return result
 
 
@@ -736,8 +744,10 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     if not args.dataset:
         raise ValueError("no dataset given: --dataset FOLDER (vlahub record makes one)")
-    if not 0 < args.held_out < 1:
-        raise ValueError(f"held_out must lie between 0 and 1, not {args.held_out}")
+    if not 0 < args.held_out < 1 and not (args.report_only and args.held_out == 1):
+        raise ValueError(f"held_out must lie between 0 and 1 (1 only with --report-only), not {args.held_out}")
+    if args.report_only and args.model == "tiny" and not args.init:
+        raise ValueError("--report-only needs the weights to report on: --init FOLDER, or --model FOLDER of a pretrained one")
     ranks = distributed.setup(None if args.device == "auto" else args.device)
     name = args.name or f"world-{Path(args.model).name}-{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     folder = Path(args.resume) if args.resume else Path(distributed.on_rank0(lambda: str(Path(args.out) / name)))
@@ -755,7 +765,8 @@ def main(args: Args) -> None:
     model = make_model(args, data, folder).to(ranks.device)
     print0(f"{sum(tensor.numel() for tensor in model.state_dict().values()):,} parameters")
     maps = torch.cat([draw_maps(poses, model.config, ranks.device).cpu() for poses in np.array_split(data.poses, -(-len(data.poses) // 1000))])
-    todo = [what for what in STAGES if what not in done and getattr(args, f"{what}_iterations") and (what != "autoencoder" or args.model == "tiny")]
+    stages = () if args.report_only else STAGES
+    todo = [what for what in stages if what not in done and getattr(args, f"{what}_iterations") and (what != "autoencoder" or args.model == "tiny")]
     stage = Stage(args, ranks, tracker, model, data, kept(torch.from_numpy(data.frames), ranks.device), kept(maps, ranks.device), todo, started)
     clips = None
     while todo:
@@ -781,10 +792,13 @@ def main(args: Args) -> None:
 
     def finish() -> None:
         release = folder / "release"
-        stage.model = WorldModel.from_pretrained(str(release), device=ranks.device)  # what is reported is what is released
+        if not args.report_only:
+            stage.model = WorldModel.from_pretrained(str(release), device=ranks.device)  # what is reported is what is released
         figures = report(stage, folder)
         (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2), flush=True)
+        if args.report_only:
+            return
         write_starts(data, release, args.start_trials)
         if figures:
             flat = {f"world/{part}_{name}": value for part, values in figures.items() if isinstance(values, dict) for name, value in values.items()}

@@ -12,7 +12,8 @@ from vlahub.interface import Interface
 from vlahub.observation import select, stack, validate
 
 # Drawing costs a CPU most of the time, and nothing here looks at what is drawn: the pictures are small. LIBERO's suites differ in their tasks, and to compile
-# one takes half a second: Spatial draws its tasks here, of the others one task is made, each another one. The imagined suites have a few random weights
+# one takes half a second: Spatial draws its tasks here, of the others one task is made, each another one. The imagined suites have a few random weights,
+# the one with bundled weights too: a chunk of those takes 0.7 s, and their own test is in test_evac_environment.py
 LIBERO_TASK = {"Spatial": None, "Object": 3, "Goal": 7, "10": 3, "90": 20, "130": 10}
 # The expert of LIBERO covers three suites and six tasks of a fourth (3 is one of them), and an imagination has no state to look at
 NO_EXPERT = ("vlahub/LIBERO-90", "vlahub/LIBERO-130", "vlahub/EVAC-")

@@ -1,10 +1,12 @@
 """The world model's trainer, on episodes of a hand that moves a square: data, stages, report, and the environment that comes out."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from baselines import world_model
 from baselines.world_model import Args, dropped, main, read_episodes, ssim, standardise
@@ -82,6 +84,15 @@ def test_a_tiny_model_is_trained_reported_and_becomes_an_environment(tmp_path):
         main(args)
     main(arguments(Args, "", ["--resume", str(tmp_path / "run")]))  # nothing is left to train; the report is written again
     assert json.loads((tmp_path / "run/report.json").read_text()) == found
+    only = dataclasses.replace(args, name="only", init=str(release), report_only=True, held_out=1.0)
+    main(only)  # of all episodes, whatever was held out in training; nothing is trained, so nothing is released
+    found = json.loads((tmp_path / "only/report.json").read_text())
+    assert found["held_out_episodes"] == found["episodes"] == 4 and not (tmp_path / "only/release").exists()
+    assert Image.open(tmp_path / "only/strip_0.png").size == (8 * SIZE, 2 * SIZE)
+    with pytest.raises(ValueError, match="--report-only needs the weights"):
+        main(dataclasses.replace(only, init=""))
+    with pytest.raises(ValueError, match="only with --report-only"):
+        main(dataclasses.replace(only, report_only=False))
 
 
 def test_a_dataset_that_grows_keeps_its_held_out_starts(tmp_path):
@@ -107,8 +118,6 @@ def test_training_begins_with_given_weights(tmp_path):
 
 
 def test_bad_data_is_named(tmp_path):
-    import dataclasses
-
     with pytest.raises(ValueError, match="no dataset given"):
         main(Args())
     write(tmp_path / "still", length=2)

@@ -1,6 +1,7 @@
 """Imagined worlds: the vector contract, episodes, poses, and bad input."""
 
 import dataclasses
+import socket
 
 import gymnasium
 import numpy as np
@@ -10,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 
 from tests.envs.evac_tiny import CHUNK, CONFIG, SIZE, starts, tiny
 from tests.worlds import PointWorld
-from vlahub import catalog
+from vlahub import catalog, hub
 from vlahub.catalog import EnvCard
 from vlahub.env import Env
 from vlahub.observation import select, validate
@@ -243,6 +244,24 @@ def test_an_id_runs_with_the_users_weights(tmp_path):
         gymnasium.make("vlahub/EVAC-LIBERO-10", suite="libero_goal", **options)
 
 
+def test_the_bundled_world_model_needs_no_option_and_no_network(monkeypatch):
+    """One chunk as a user would run it. Its ten starts are trial 0 of each task."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was opened"))
+    folder = hub.resolve("vlahub/evac-tiny-libero-spatial")
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8e6
+    env = gymnasium.make("vlahub/EVAC-LIBERO-Spatial", render_mode="rgb_array")
+    assert (env.simulation.tasks, env.simulation.trials) == (10, 1)
+    first, info = env.reset(seed=0, options={"task": 3})
+    assert first["task_descriptions"] == "pick up the black bowl on the cookie box and place it on the plate" and info["trial"] == 0
+    down = np.tile(np.array([0, 0, -1, 0, 0, 0, -1], np.float32), (8, 1))
+    result = env.step_chunk(down)
+    assert not result.done and result.length == 8
+    assert first["states"][2] - result.observation["states"][2] > 0.05, "the hand goes down, by the converter"
+    before, after = (observation["main_images"].astype(int) for observation in (first, result.observation))
+    changed = np.abs(after - before).mean(-1)
+    assert changed[64:].mean() < 8 < changed[:64, 32:96].mean(), "the table stays as it is, the arm above it moves"
+
+
 def test_starts_come_from_a_simulator(monkeypatch):
     """A seed, a task and a trial start the simulator's own episode."""
     real = alone(tiny(), STARTS)
@@ -403,8 +422,9 @@ def test_a_start_by_hand():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="needs a world model"):
         EvacVectorEnv(num_envs=2)
-    with pytest.raises(ValueError, match="of libero_goal, and none ships: give model="):
-        gymnasium.make("vlahub/EVAC-LIBERO-Goal")
+    for name in ("Object", "Goal", "10"):
+        with pytest.raises(ValueError, match=f"of libero_{name.lower()}, and none ships: give model=...: .* trains one"):
+            gymnasium.make(f"vlahub/EVAC-LIBERO-{name}")
     with pytest.raises(ValueError, match="threshold must lie between 0 and 1"):
         make(threshold=1.0)
     bare = tiny()

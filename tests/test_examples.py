@@ -99,7 +99,7 @@ def test_improving_the_policy_asks_for_a_training_that_fits(tmp_path, monkeypatc
     policy = Policy.from_pretrained(improve_policy.POLICY, value_head=True, **key_values("policy-options", args.policy_options))
     for name, value in (improve_policy.DENOISING | improve_policy.EXPLORATION).items():
         assert getattr(policy.config, name) == value
-    assert key_values("env-options", args.env_options) == {"camera_size": list(improve_policy.PICTURES)}
+    assert key_values("env-options", args.env_options) == {"cameras": improve_policy.CAMERAS}
 
 
 @pytest.mark.parametrize("gained, lost, expected", [(0, 0, 1.0), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (5, 0, 2 / 32), (3, 3, 1.0)])

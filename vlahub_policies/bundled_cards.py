@@ -12,6 +12,14 @@ for _name, _family, _envs, _summary, _where, _measured in (
         "47 of 56 held-out episodes within 200 control steps (95 % interval 72.2 to 91.3 %)",
     ),
     (
+        "lingbot-tiny-robotwin",
+        "lingbot",
+        ("vlahub/RoboTwin-ClickBell", "vlahub/RoboTwin-AdjustBottle", "vlahub/RoboTwin-OpenMicrowave", "vlahub/RoboTwin-LiftPot", "vlahub/RoboTwin-BeatBlockHammer"),
+        "LingBot-VLA at 1.6 million parameters, one camera, five RoboTwin tasks, trained on the scripted expert",
+        "on a CPU",
+        "@@",
+    ),
+    (
         "qwenoft-tiny-libero",
         "starvla",
         ("vlahub/LIBERO-Spatial",),

@@ -85,7 +85,7 @@ class Libero:
         camera_size: (height, width) of both images.
         wrist: offer the wrist camera; without it, a look costs half.
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
-        models: how many compiled tasks to keep, about 100 MB each, times the environments of a process, which share them; the least recently used goes first, and comes back in 0.3 s.
+        models: how many compiled tasks to keep for each environment, about 100 MB each. Those of one process share them; the least recently used goes first, and comes back in 0.3 s.
 
     ## Options of reset
     `task`: number of the task in its suite. `trial`: 0 to 49, the initial state. What is not given is drawn from the seed.

@@ -20,6 +20,7 @@ import vlahub
 from vlahub import catalog
 from vlahub_envs.libero import assets, standins, upstream
 from vlahub_envs.libero import scene as scenes
+from vlahub_envs.libero import simulation as libero_simulation
 from vlahub_envs.libero.scene import axis_angle
 from vlahub_envs.libero.simulation import PROTOCOLS, Libero
 from vlahub_policies.parts import robots
@@ -133,8 +134,9 @@ def test_an_unstable_world_is_an_error(env, monkeypatch, tmp_path):
     env.step(np.zeros(7))
 
 
-def test_tasks_take_turns():
+def test_tasks_take_turns(monkeypatch):
     """Each has its own buffers; the pictures must come from the right ones. With room for one, the older model goes."""
+    monkeypatch.setattr(libero_simulation, "SHELF", shelf := scenes.Shelf())
     simulation, firsts = Libero("Goal", models=2, **SMALL), {}
     for task in (0, 1, 0, 1):
         simulation.reset(0, {"task": task, "trial": task})
@@ -142,12 +144,35 @@ def test_tasks_take_turns():
         first = firsts.setdefault(task, views)
         assert all(np.array_equal(views[key], first[key]) for key in ("main_images", "wrist_images"))
     assert not np.array_equal(firsts[0]["main_images"], firsts[1]["main_images"])
-    simulation.models, dropped = 1, weakref.ref(simulation.scenes[1].env)
+    dropped = weakref.ref(simulation.scene.env)
+    shelf.resize(-1)
     simulation.reset(0, {"task": 2})
-    assert list(simulation.scenes) == [2] and dropped() is None
+    assert simulation.scene.task.name == simulation.all_tasks[2].name and not shelf.kept and dropped() is None
     simulation.close()
     with pytest.raises(RuntimeError, match="reset"):
         simulation.observe()
+
+
+def test_environments_of_a_process_share_what_they_compile(monkeypatch):
+    """One at a time uses a scene; what one left does not show in the other's episode."""
+    monkeypatch.setattr(libero_simulation, "SHELF", shelf := scenes.Shelf())
+    first, second = Libero("Goal", models=2, **SMALL), Libero("Goal", models=1, **SMALL)
+    first.reset(0, {"task": 0, "trial": 0})
+    view, scene = first.observe(), first.scene
+    first.apply(np.ones((5, 7), np.float32))
+    first.reset(0, {"task": 1})
+    second.reset(0, {"task": 0, "trial": 0})
+    assert second.scene is scene and (shelf.room, shelf.used, len(shelf.kept)) == (3, 2, 0)
+    assert all(np.array_equal(view[key], value) for key, value in second.observe().items())
+    first.reset(0, {"task": 0})
+    assert first.scene is not scene, "both episodes run"
+    assert (shelf.used, len(shelf.kept)) == (2, 1)
+    first.close()
+    first.close()
+    assert (shelf.room, shelf.used, len(shelf.kept)) == (1, 1, 0)
+    del second  # forgotten, not closed
+    gc.collect()
+    assert (shelf.room, shelf.used, len(shelf.kept)) == (0, 0, 0)
 
 
 def test_shadow_maps_are_left_out_where_no_light_casts_shadows(env):

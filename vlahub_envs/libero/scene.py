@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import itertools
 import os
 import sys
+from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -130,6 +132,43 @@ class Scene:
         if self.painter is not None:
             self.painter.close()
             self.painter = None
+
+
+class Shelf:
+    """The compiled tasks of this process that no episode uses. Environments take one for an episode and put it back, so those of one worker share what they
+    compile: 128 environments that each compile ten tasks for themselves would spend minutes on it, and gigabytes of the GPU."""
+
+    def __init__(self):
+        self.room = 0  # scenes that may exist, in use or not: what all open environments of this process ask for
+        self.used = 0
+        self.kept: list[tuple[Hashable, Scene]] = []  # the one that was used last at the end
+
+    def take(self, key: Hashable, build: Callable[[], Scene]) -> Scene:
+        """A kept scene of that key, or else a new one; the one that lay longest makes room for it."""
+        for index in reversed(range(len(self.kept))):
+            if self.kept[index][0] == key:
+                self.used += 1
+                return self.kept.pop(index)[1]
+        self._drop(self.room - 1)
+        scene = build()
+        self.used += 1
+        return scene
+
+    def put(self, key: Hashable, scene: Scene) -> None:
+        self.used -= 1
+        self.kept.append((key, scene))
+
+    def resize(self, change: int) -> None:
+        """An environment that keeps `change` scenes opens; with a negative number it closes."""
+        self.room += change
+        self._drop(self.room)
+
+    def _drop(self, most: int) -> None:
+        if not self.kept or self.used + len(self.kept) <= most:
+            return
+        while self.kept and self.used + len(self.kept) > most:
+            self.kept.pop(0)[1].close()
+        gc.collect()  # robosuite's objects refer to each other in circles
 
 
 def _free_what_compiling_left() -> None:

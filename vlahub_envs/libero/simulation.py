@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import operator
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -18,10 +17,11 @@ from vlahub.observation import Observation
 from vlahub.simulation import Outcomes, check_options, checked_size
 from vlahub_envs.libero import assets as asset_sets
 from vlahub_envs.libero import upstream
-from vlahub_envs.libero.scene import Scene
+from vlahub_envs.libero.scene import Scene, Shelf
 from vlahub_envs.libero.upstream import LiberoTask
 
 PEOPLE_SIZE = (480, 640)  # of `render`
+SHELF = Shelf()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Libero:
         camera_size: (height, width) of both images.
         wrist: offer the wrist camera; without it, a look costs half.
         assets: "auto" (the official release if it is on this machine, else stand-ins), "official", "stand-in", or the folder of the official release.
-        models: how many compiled tasks each environment keeps, about 100 MB each; the least recently used goes first, and comes back in 0.3 s.
+        models: how many compiled tasks to keep for each environment, about 100 MB each. Those of one process share them; the least recently used goes first, and comes back in 0.3 s.
 
     ## Options of reset
     `task`: number of the task in its suite. `trial`: 0 to 49, the initial state. What is not given is drawn from the seed.
@@ -106,6 +106,8 @@ class Libero:
         assets: str | os.PathLike = "auto",
         models: int = 4,
     ):
+        self.scene: Scene | None = None
+        self.models = 0  # until the end of this: nothing to close
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, not {protocol!r}")
         if isinstance(models, bool) or not isinstance(models, int) or models < 1:
@@ -119,10 +121,9 @@ class Libero:
         self.size = checked_size(camera_size, least=1)
         self.interface = _interface(*self.size, wrist)
         self.assets, self.folder = asset_sets.find(assets)
-        self.models = models
-        self.scenes: OrderedDict[int, Scene] = OrderedDict()
-        self.scene: Scene | None = None
         upstream.choose_gl()  # fail where the environment is made, not at the first picture
+        self.models = models
+        SHELF.resize(models)
 
     def reset(self, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         check_options(options, {"task": f"0 to {self.tasks - 1}, the task", "trial": f"0 to {self.trials - 1}, the initial state"})
@@ -130,20 +131,19 @@ class Libero:
         drawn_task, drawn_trial = int(random.integers(self.tasks)), int(random.integers(self.trials))  # both, so that one option leaves the other's draw
         task = _index(options, "task", drawn_task, _names(self.all_tasks))
         trial = _index(options, "trial", drawn_trial, [""] * self.trials)
-        self.scene = self._scene(task)
+        self._put_back()
+        chosen = self.all_tasks[task]
+        self.scene = SHELF.take(self._key(chosen), lambda: Scene(chosen, self.folder, self.size, PEOPLE_SIZE))
         self.scene.reset(seed, trial, self.protocol.settle, self.protocol.grip)
         return {"task": task, "trial": trial, "task_name": self.scene.task.name}
 
-    def _scene(self, task: int) -> Scene:
-        if task not in self.scenes:
-            if len(self.scenes) >= self.models:
-                self.scene = None  # else it keeps the dropped one alive
-                while len(self.scenes) >= self.models:
-                    self.scenes.popitem(last=False)[1].close()
-                gc.collect()  # robosuite's objects refer to each other in circles
-            self.scenes[task] = Scene(self.all_tasks[task], self.folder, self.size, PEOPLE_SIZE)
-        self.scenes.move_to_end(task)
-        return self.scenes[task]
+    def _key(self, task: LiberoTask) -> Hashable:
+        return str(task.bddl), str(self.folder), self.size
+
+    def _put_back(self) -> None:
+        if self.scene is not None:
+            SHELF.put(self._key(self.scene.task), self.scene)
+            self.scene = None
 
     def apply(self, actions: np.ndarray, watch: Callable[[], None] | None = None) -> Outcomes:
         success = []
@@ -166,10 +166,13 @@ class Libero:
         return np.ascontiguousarray(self._running().picture("agentview", PEOPLE_SIZE)[::-1])
 
     def close(self) -> None:
-        for scene in self.scenes.values():
-            scene.close()
-        self.scenes.clear()
-        self.scene = None
+        self._put_back()
+        SHELF.resize(-self.models)
+        self.models = 0  # closing twice takes nothing twice
+
+    def __del__(self):
+        if not sys.is_finalizing():  # OpenGL may be gone by then
+            self.close()
 
     def _running(self) -> Scene:
         if self.scene is None:

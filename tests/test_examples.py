@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baselines import ppo
+from baselines import grpo
 from vlahub import Policy, catalog, distributed, video
 from vlahub.catalog import key_values
 from vlahub.run import arguments
@@ -89,14 +89,14 @@ def test_finetuning_a_published_checkpoint(tmp_path):
 
 
 def test_improving_the_policy_asks_for_a_training_that_fits(tmp_path, monkeypatch):
-    """The training itself takes minutes, and its parts are tested elsewhere; here, that PPO takes these words and the policy these options."""
+    """The training itself takes minutes, and its parts are tested elsewhere; here, that GRPO takes these words and the policy these options."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import improve_policy
 
-    args = arguments(ppo.Args, None, improve_policy.training(3, 1e-6, 5, tmp_path))
-    ppo.check_args(args, distributed.setup("cpu"))
+    args = arguments(grpo.Args, None, improve_policy.training(3, 1e-6, 5, tmp_path))
+    grpo.check_args(args, distributed.setup("cpu"))
     assert args.total_iterations == 3 and args.learning_rate == 1e-6 and args.seed == 5 and args.out == str(tmp_path)
-    policy = Policy.from_pretrained(improve_policy.POLICY, value_head=True, **key_values("policy-options", args.policy_options))
+    policy = Policy.from_pretrained(improve_policy.POLICY, **key_values("policy-options", args.policy_options))
     for name, value in (improve_policy.DENOISING | improve_policy.EXPLORATION).items():
         assert getattr(policy.config, name) == value
     assert key_values("env-options", args.env_options) == {"cameras": improve_policy.CAMERAS}

@@ -37,6 +37,12 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
         assert (np.abs(picture - colour).sum(-1) < 30).sum() > 20
 
 
+def test_a_long_legend_stays_within_the_picture(tmp_path):
+    runs = [a_run(tmp_path / f"a-run-with-a-long-name-{i}", steps=2) for i in range(5)]
+    picture = np.asarray(Image.open(plot(runs, tmp_path / "c.png", ["env/success_rate"])).convert("L"))
+    assert (picture[:, [0, 1, -2, -1]] == 255).all() and (picture[:80] < 128).any()
+
+
 def test_metrics_are_chosen_by_pattern_and_suggested(tmp_path, capsys):
     run = a_run(tmp_path / "a")
     curves = [read(run)]

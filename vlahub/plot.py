@@ -83,10 +83,12 @@ def plot(runs: Sequence[str | Path], out: str | Path = "curves.png", metrics: Se
 
     columns = min(COLUMNS, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows + 0.5), layout="constrained")
+    names, width = labels(runs), 4.6 * columns
+    abreast = max(1, min(len(runs), int(width / (0.5 + 0.08 * max(map(len, names))))))  # of the legend; inches of a line and of a letter
+    figure = Figure(figsize=(width, 3.1 * rows + 0.3 + 0.2 * math.ceil(len(runs) / abreast)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, name in zip(panels, chosen, strict=False):
-        for i, (run, label) in enumerate(zip(curves, labels(runs), strict=True)):
+        for i, (run, label) in enumerate(zip(curves, names, strict=True)):
             if name in run:
                 steps, values = zip(*run[name], strict=True)
                 few = len(steps) <= 20  # single points of a short curve, and one alone, must be seen
@@ -102,7 +104,7 @@ def plot(runs: Sequence[str | Path], out: str | Path = "curves.png", metrics: Se
     for panel in panels[max(0, len(chosen) - columns) : len(chosen)]:
         panel.set_xlabel("step (control steps; optimizer steps in SFT)", fontsize=8)
     drawn = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(4, len(drawn)), fontsize=9)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=abreast, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     return out

@@ -30,3 +30,15 @@ def bowl_on_ramekin():
 def test_it_solves_what_it_was_trained_on(bowl_on_ramekin, name):
     """One of its easier tasks. Chance is nil: a random policy never lifts a bowl."""
     assert evaluate(bowl_on_ramekin, vlahub.Policy.from_pretrained(name), episodes=2, seed=7, videos=0, progress=False).successes >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, steps", [("AdjustBottle", 175), ("OpenMicrowave", 175)])
+def test_one_policy_solves_several_tasks(task, steps):
+    """Each its own way; nothing but the picture and the sentence tells which is asked for."""
+    env = make(f"vlahub/RoboTwin-{task}", num_envs=1, slots=1, workers=1, max_steps=steps, cameras=("head",), assets="stand-in")
+    try:
+        results = evaluate(env, vlahub.Policy.from_pretrained("vlahub/lingbot-tiny-robotwin"), episodes=2, seed=7, videos=0, progress=False)
+    finally:
+        env.close()
+    assert results.successes >= 1

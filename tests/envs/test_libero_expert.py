@@ -122,6 +122,7 @@ def test_it_knows_what_it_does_not_know():
     simulation.scene = SimpleNamespace(task=simulation.all_tasks[5])
     with pytest.raises(ValueError, match="does not know task 'STUDY_SCENE1_.*solves are, of LIBERO-Spatial: 0, 1.*LIBERO-10: 0, 1, 3, 4, 6, 7"):
         ScriptedExpert(simulation).reset()
+    simulation.scene = None  # this one was not compiled
     simulation.close()
 
 

@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt tools/no_deps.txt
 	@touch $(STAMP)
 	@echo "installed; activate with: source $(VENV)/bin/activate"
 
-demo: setup ## Evaluate the scripted expert, a small trained VLA and a random policy on RoboTwin-ClickBell, then improve another by GRPO (a quarter of an hour in all); everything in outputs/demo
+demo: setup ## Evaluate the scripted expert, a small trained VLA and a random policy on RoboTwin-ClickBell, then improve another by GRPO (ten minutes in all); everything in outputs/demo
 	@for policy in $(DEMO_POLICIES); do \
 		$(BIN)/vlahub eval --env vlahub/RoboTwin-ClickBell --policy $$policy --episodes $(EPISODES) --max-steps $(MAX_STEPS) --num-envs 2 --seed 0 --videos 1 \
 			--out $(OUT)/$$(basename $$policy) || exit 1; done

@@ -1,6 +1,6 @@
 """Reinforcement learning that one can wait for: the bundled tiny LingBot-VLA, some minutes of GRPO on two CPU cores, success before and after.
 
-    python examples/improve_policy.py                     # about 8 minutes on 2 cores; everything goes to outputs/demo/improve
+    python examples/improve_policy.py                     # about 8 minutes on 2 cores, evaluations included; everything goes to outputs/demo/improve
     python examples/improve_policy.py --iterations 30     # longer
 
 The policy was trained on demonstrations of five RoboTwin tasks. With 90 control steps, where the expert needs 80, it presses the bell in some four of ten scenes. GRPO plays

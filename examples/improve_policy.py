@@ -4,8 +4,8 @@
     python examples/improve_policy.py --iterations 30     # longer
 
 The policy was trained on demonstrations of five RoboTwin tasks. With 90 control steps, where the expert needs 80, it presses the bell in some four of ten scenes. GRPO plays
-each scene several times with small deviations from the policy's actions, is told 0 or 1 at the end of each episode and nothing else, and moves all weights a little towards what was done in
-the better episodes of a scene. docs/training.md explains the settings.
+each scene several times with small deviations from the policy's actions (`noise_level` and the like in its config), is told 0 or 1 at the end of each episode and nothing else,
+and moves all weights a little towards what was done in the better episodes of a scene. docs/training.md explains the settings.
 """
 
 import math
@@ -26,9 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ENV, POLICY = "vlahub/RoboTwin-ClickBell", "vlahub/lingbot-tiny-robotwin"
 STEPS = 90  # control steps of an episode
 CAMERAS = ("head",)  # the policy sees no other; drawing in software costs by the pixel
-# Evaluated as it is trained. Denoising from the noise's mean makes smooth chunks, whose execution takes half the physics steps.
-DENOISING = {"denoising_steps": 4, "num_steps": 4, "start_noise": 0.0}
-EXPLORATION = {"noise_level": 0.1, "noise_step": "last", "noise_correlation": 0.9}
 GROUPS, SIZE = 6, 8  # of an iteration: scenes, and episodes of each
 
 
@@ -42,7 +39,6 @@ def training(iterations: int, learning_rate: float, seed: int, out: Path) -> lis
     """The command line of GRPO."""
     words = ["--env-id", ENV, "--policy", POLICY, "--env-options", f"cameras={CAMERAS}", "--max-steps", STEPS]
     words += ["--num-groups", GROUPS, "--group-size", SIZE, "--total-iterations", iterations, "--learning-rate", learning_rate, "--target-kl", 0.2]
-    words += ["--policy-options", *(f"{name}={value}" for name, value in (DENOISING | EXPLORATION).items())]
     words += ["--seed", seed, "--device", "cpu", "--workers", 2, "--eval-every", 0, "--save-every", 0, "--out", out, "--name", "run"]
     return [str(word) for word in words]
 
@@ -60,7 +56,7 @@ def main(iterations: int = 12, episodes: int = 100, learning_rate: float = 5e-6,
     shutil.rmtree(out, ignore_errors=True)
 
     def evaluate(policy: str | Path, name: str) -> Results:
-        loaded = vlahub.Policy.from_pretrained(policy, **DENOISING)
+        loaded = vlahub.Policy.from_pretrained(policy)
         results = vlahub.evaluate(
             ENV, loaded, episodes, num_envs=2, seed=7, out=out / name, max_steps=STEPS, videos=1, env_options={"cameras": CAMERAS}, policy_name=name
         )

@@ -550,7 +550,7 @@ class LingBotPolicy(Accelerated, Policy):
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
-        noise = self.config.start_noise * randomness.normal(seeds, self._shape, flow.INITIAL, self.device)
+        noise = flow.initial(self.config.exploration, seeds, self._shape, self.device)
         walk, _ = self._run(inputs, noise, flow.euler(self.config.denoising_steps), None)
         return self.config.joints.actions_out(walk.chain[:, -1])
 

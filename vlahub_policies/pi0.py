@@ -413,7 +413,7 @@ class Pi0Policy(Accelerated, Policy):
 
     @torch.no_grad()
     def predict(self, inputs: Trace, seeds: torch.Tensor) -> torch.Tensor:
-        noise = self.config.start_noise * randomness.normal(seeds, (self.horizon, self.config.action_dim), flow.INITIAL, self.device)
+        noise = flow.initial(self.config.exploration, seeds, (self.horizon, self.config.action_dim), self.device)
         taken, _ = self._run(inputs, noise, flow.euler(self.config.denoising_steps), None)
         return self._to_robot(taken.chain[:, -1], inputs["raw_state"])
 

@@ -231,6 +231,11 @@ class Exploration:
             raise ValueError(f"num_steps must be at least 1, not {self.steps}")
 
 
+def initial(how: Exploration, seeds: randomness.Seeds, shape: tuple[int, int], device: torch.device | str) -> torch.Tensor:
+    """Where denoising starts, [B, H, D]."""
+    return how.start_noise * randomness.normal(seeds, shape, INITIAL, device)
+
+
 Run = Callable[[torch.Tensor, Schedule, torch.Tensor | None], Walk]  # (x, plan, noise) -> Walk; `functools.partial(walk, denoise)`, or a compiled form of it
 
 
@@ -244,7 +249,7 @@ def explore(
     """
     if how.method == "ode":
         raise ValueError("noise_method 'ode' is deterministic and has no log-probability; explore with flow_sde, flow_cps or flow_noise, or call predict")
-    start = how.start_noise * randomness.normal(seeds, shape, INITIAL, device)
+    start = initial(how, seeds, shape, device)
     if how.joint:
         noise = correlate(randomness.normal(seeds, (how.steps, *shape), STEPS, device), how.correlation)
         taken = run(start, schedule(how.method, how.steps, how.noise_level).to(device), noise)

@@ -164,11 +164,11 @@ class Shelf:
         self._drop(self.room)
 
     def _drop(self, most: int) -> None:
-        if not self.kept or self.used + len(self.kept) <= most:
-            return
-        while self.kept and self.used + len(self.kept) > most:
-            self.kept.pop(0)[1].close()
-        gc.collect()  # robosuite's objects refer to each other in circles
+        count = min(len(self.kept), self.used + len(self.kept) - most)
+        if count > 0:
+            for _ in range(count):
+                self.kept.pop(0)[1].close()
+            gc.collect()  # robosuite's objects refer to each other in circles
 
 
 def _free_what_compiling_left() -> None:

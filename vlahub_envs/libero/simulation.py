@@ -189,19 +189,24 @@ def _index(options: Mapping[str, Any], name: str, drawn: int, known: Sequence[st
     if name not in options:
         return drawn
     given = options[name]
-    listed = f"valid are 0 to {len(known) - 1}"
-    if known[0]:
-        shown = known if len(known) <= 10 else get_close_matches(str(given).replace(" ", "_"), known, n=5, cutoff=0.4)
-        listed += "".join(f"\n    {known.index(one)} {one}" for one in shown)
-    if isinstance(given, bool | np.bool_):
-        raise TypeError(f"{name} must be a whole number, not {given!r}; {listed}")
     try:
+        if isinstance(given, bool | np.bool_):
+            raise TypeError
         index = operator.index(given)
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {given!r}; {listed}") from None
+        raise TypeError(f"{name} must be a whole number, not {given!r}; {_valid(given, known)}") from None
     if not 0 <= index < len(known):
-        raise ValueError(f"{name} {index} is out of range; {listed}")
+        raise ValueError(f"{name} {index} is out of range; {_valid(given, known)}")
     return index
+
+
+def _valid(given: Any, known: Sequence[str]) -> str:
+    """What could have been given: all names, or the nearest of many."""
+    listed = f"valid are 0 to {len(known) - 1}"
+    if not known[0]:
+        return listed
+    shown = known if len(known) <= 10 else get_close_matches(str(given).replace(" ", "_"), known, n=5, cutoff=0.4)
+    return listed + "".join(f"\n    {known.index(one)} {one}" for one in shown)
 
 
 def _interface(height: int, width: int, wrist: bool) -> Interface:

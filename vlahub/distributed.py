@@ -327,22 +327,24 @@ class EarlyGradients:
     def __init__(self, module: nn.Module):
         self.parameters = [p for p in module.parameters() if p.requires_grad and p.numel() >= LARGE]
         self.armed = False
-        self._order: list[nn.Parameter] | None = None
-        self._complete: list[nn.Parameter] = []
-        self._works: list[Any] = []  # one per parameter of the order that is under way
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        # places in the list of parameters
+        self._order: list[int] | None = None
+        self._complete: dict[int, None] = {}  # in the order of their completion
+        self._works: list[Any] = []  # one per place of the order that is under way
+        for place, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(lambda _, place=place: self._on_gradient(place))
 
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
+    def _on_gradient(self, place: int) -> None:
         if not self.armed:
             return
-        if any(parameter is one for one in self._complete):
+        if place in self._complete:
             raise RuntimeError("a gradient grew after it was complete: only one backward pass may follow sync_gradients(..., True)")
-        self._complete.append(parameter)
-        while self._order is not None and len(self._works) < len(self._order) and any(self._order[len(self._works)] is one for one in self._complete):
+        self._complete[place] = None
+        while self._order is not None and len(self._works) < len(self._order) and self._order[len(self._works)] in self._complete:
             self._reduce(self._order[len(self._works)])
 
-    def _reduce(self, parameter: nn.Parameter) -> None:
+    def _reduce(self, place: int) -> None:
+        parameter = self.parameters[place]
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         op = dist.ReduceOp.AVG if parameter.grad.is_cuda else dist.ReduceOp.SUM  # gloo has no average
@@ -351,17 +353,17 @@ class EarlyGradients:
     def finish(self) -> None:
         """Reduce what is left and wait for all."""
         if self._order is None:
-            places = {id(parameter): place for place, parameter in enumerate(self.parameters)}
-            first = on_rank0(lambda: [places[id(parameter)] for parameter in self._complete])
-            self._order = [self.parameters[place] for place in dict.fromkeys([*first, *places.values()])]
-        for parameter in self._order[len(self._works) :]:
-            self._reduce(parameter)
-        for work, parameter in zip(self._works, self._order, strict=True):
+            first = on_rank0(lambda: list(self._complete))
+            self._order = list(dict.fromkeys([*first, *range(len(self.parameters))]))
+        for place in self._order[len(self._works) :]:
+            self._reduce(place)
+        for work, place in zip(self._works, self._order, strict=True):
             work.wait()
-            if not parameter.grad.is_cuda:
-                parameter.grad /= world()
+            gradient = self.parameters[place].grad
+            if not gradient.is_cuda:
+                gradient /= world()
         self.armed = False
-        self._complete, self._works = [], []
+        self._complete, self._works = {}, []
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], early: EarlyGradients | None = None) -> None:
